@@ -1,0 +1,108 @@
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+"""
+Shared connections to the mirrors that setscene tasks restore objects from.
+
+All connections belong to the bitbake server process. The presence query,
+which runs in that process, and the setscene tasks, which reach it over a Unix
+socket, share them:
+
+    http.py       one HTTP/1.1 connection
+    pool.py       for each host: the connections, the queue, back-off, breaker
+    protocol.py   what a task and the server say to each other
+    server.py     the socket, its peers, start and end with a build's runqueue
+    client.py     what a fetcher calls, in a task or in the server
+
+This file holds what they have in common: the errors and the settings.
+"""
+
+import collections
+
+
+class ConnectionCacheError(Exception):
+    """
+    Root of the errors of this package, and what is left when nothing more
+    specific is known.
+
+    retryable tells whether the same request may succeed on another connection.
+    That an object does not exist is an answer, not an error.
+    """
+    kind = "error"
+    retryable = False
+
+class ConnectError(ConnectionCacheError):
+    """No connection: name resolution, refused, TLS, or left alone after failures"""
+    kind = "connect"
+
+    def __init__(self, message, retryable=True):
+        super().__init__(message, retryable)
+        self.retryable = retryable
+
+    def __str__(self):
+        return self.args[0]
+
+class ProtocolError(ConnectionCacheError):
+    """The other side sent what its protocol does not allow, or ended too early"""
+    kind = "protocol"
+    retryable = True
+
+class TimedOutError(ConnectionCacheError):
+    """Nothing was heard for as long as is waited"""
+    kind = "timeout"
+    retryable = True
+
+class RefusedError(ConnectionCacheError):
+    """
+    The server is there but does not want to serve now. retry_after is the
+    number of seconds it asked to wait, None if it did not say.
+    """
+    kind = "refused"
+    retryable = True
+
+    def __init__(self, message, retry_after=None):
+        super().__init__(message, retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self):
+        return self.args[0]
+
+class StatusError(ConnectionCacheError):
+    """The server answered with a status that says neither yes nor no"""
+    kind = "status"
+
+    def __init__(self, message, status):
+        super().__init__(message, status)
+        self.status = status
+
+    def __str__(self):
+        return self.args[0]
+
+
+Settings = collections.namedtuple("Settings", "enabled connections threads")
+
+def settings(d):
+    """
+    Read the variables from the datastore d.
+
+    Raises ValueError with one line that names the variable, its value and what
+    is allowed.
+    """
+    enabled = d.getVar("BB_CONNECTION_CACHE")
+    if enabled not in (None, "", "0", "1"):
+        raise ValueError('Invalid BB_CONNECTION_CACHE = "%s", allowed are "0" and "1"' % enabled)
+
+    connections = d.getVar("BB_CONNECTION_CACHE_MAX") or "4"
+    if not (connections.isascii() and connections.isdigit() and 1 <= int(connections) <= 64):
+        raise ValueError('Invalid BB_CONNECTION_CACHE_MAX = "%s", allowed is a number of connections from 1 to 64' % connections)
+
+    try:
+        threads = int(d.getVar("BB_NUMBER_THREADS") or 1)
+    except ValueError:
+        # Not ours to complain about
+        threads = 1
+
+    return Settings(enabled != "0", int(connections), threads)

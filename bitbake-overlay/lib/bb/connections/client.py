@@ -1,0 +1,244 @@
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+"""
+What a fetcher calls to use the shared connections.
+
+In a setscene task that is over the server's socket, which the task's datastore
+names (protocol.py); in the server itself, where the presence query runs, it is
+the pool directly. Everywhere else, and whenever anything is not as it should
+be, the answer is None, which means: fetch as without shared connections.
+
+    found = client.checkstatus(ud, d)               # True, False or None
+    path = client.download(ud, d, localpath)        # of a complete file, or None
+"""
+
+import collections
+import functools
+import logging
+import netrc
+import os
+import socket
+import struct
+import threading
+import urllib.parse
+
+import bb
+from bb.connections import ConnectionCacheError, ProtocolError, TimedOutError, protocol, server
+from bb.connections.http import last_modified
+from bb.connections.request import ENVIRONMENT, Request, basic_auth, redact
+
+logger = logging.getLogger("BitBake.Fetcher")
+
+# Statuses which say that there is no such file
+ABSENT = (404, 410)
+
+# Longer than the pool tries a request
+POOL_SECONDS = 1200
+
+# size and modified (seconds since the epoch) may be None
+Answer = collections.namedtuple("Answer", "status size modified")
+
+
+def checkstatus(ud, d, verify=True):
+    """
+    Whether the file of ud exists: True, False, or None if that cannot be told
+    here. Blocks as long as the mirror takes.
+    """
+    answer = _ask("HEAD", ud, d, verify)
+    if answer is None:
+        return None
+    if answer.status in ABSENT:
+        return False
+    return True if answer.status == 200 else None
+
+def download(ud, d, localpath, verify=True):
+    """
+    Fetch the file of ud into a new file next to localpath and return its path;
+    the caller renames it. Returns None, and leaves no file, if that is not
+    possible here; raises FetchError if the mirror says that there is none.
+    Blocks as long as the mirror takes.
+    """
+    if not _usable(ud, d):
+        return None
+    # Not the name that wget --continue takes up. The fetcher holds its lock for
+    # localpath, so what has that name was left by a task that was killed.
+    path = localpath + ".shared.tmp"
+    answer = None
+    complete = False
+    try:
+        bb.utils.remove(path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            answer = _ask("GET", ud, d, verify, fd)
+            complete = answer is not None and answer.status == 200 and _is_complete(path, fd, answer)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        logger.debug("%s: not over shared connections: %s", redact(ud.url), e)
+    finally:
+        if not complete:
+            bb.utils.remove(path)
+    if answer is not None and answer.status in ABSENT:
+        raise bb.fetch2.FetchError("No such file on the server (status %s)" % answer.status, redact(ud.url))
+    return path if complete else None
+
+def _is_complete(path, fd, answer):
+    """Whether path is still the file that was written, and all of it. Sets its time as wget does."""
+    written, named = os.fstat(fd), os.stat(path)
+    if (written.st_dev, written.st_ino) != (named.st_dev, named.st_ino) or written.st_size != answer.size:
+        return False
+    if answer.modified is not None:
+        os.utime(fd, (answer.modified, answer.modified))
+    return True
+
+def _usable(ud, d):
+    """Whether requests for ud may go over shared connections, as far as d says"""
+    if d.getVar("BB_CONNECTION_CACHE") == "0" or ud.type not in ("http", "https"):
+        return False
+    # What the user wants done in a certain way is done that way
+    if d.getVar("FETCHCMD_wget") or "redirectauth" in ud.parm:
+        return False
+    if not bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")):
+        return server.current() is not None
+    return bool(d.getVar(server.ADDRESS)) and (d.getVar("BB_CURRENTTASK") or "").endswith("_setscene")
+
+def _ask(method, ud, d, verify, fd=None):
+    """Returns an Answer, or None if there is none to be had here"""
+    if not _usable(ud, d):
+        return None
+    url = ud.url.split(";")[0]
+    environment = bb.fetch2.get_fetcher_environment(d)
+    try:
+        message = {"method": method, "url": url, "verify": verify,
+                   "environment": {name: environment[name] for name in ENVIRONMENT if name in environment},
+                   "authorization": _authorization(ud, environment)}
+        pool = server.current()
+        if pool:
+            return _ask_pool(pool, message, fd)
+        return _task_client(d.getVar(server.ADDRESS)).ask(message, fd)
+    except ConnectionCacheError as e:
+        logger.debug("%s: not over shared connections: %s", redact(url), e)
+    except (ValueError, OSError) as e:
+        logger.debug("%s: not over shared connections: %s", redact(url), e)
+    # In the server an interrupt also ends what is waited for
+    if not bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")):
+        bb.event.check_for_interrupts()
+    return None
+
+def _authorization(ud, environment):
+    """What is in the URL, else in ~/.netrc, as a value for Authorization, or None"""
+    if ud.user and ud.pswd:
+        return basic_auth(ud.user, ud.pswd)
+    path = os.path.join(environment.get("HOME", ""), ".netrc")
+    try:
+        login = _netrc(path, os.stat(path).st_mtime_ns).authenticators(urllib.parse.urlsplit(ud.url).hostname)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return basic_auth(login[0], login[2]) if login else None
+
+@functools.lru_cache(maxsize=4)
+def _netrc(path, mtime):
+    return netrc.netrc(path)
+
+
+# In the server
+
+def _ask_pool(pool, message, fd):
+    answered = threading.Event()
+    outcome = []
+
+    def done(request, response, error):
+        outcome.extend((response, error))
+        answered.set()
+
+    request = Request(fd=fd, done=done, **message)
+    pool.submit(request)
+    # The pool answers in any case, at the latest when it is stopped
+    if not answered.wait(POOL_SECONDS):
+        request.cancelled = True
+        raise TimedOutError("no answer in %s seconds" % POOL_SECONDS)
+    response, error = outcome
+    if error:
+        raise error
+    return Answer(response.status, response.length, last_modified(response.headers))
+
+
+# In a task
+
+_client = None
+
+def _task_client(address):
+    """The one connection of this process to the server"""
+    global _client
+    if _client is None or _client.process != os.getpid() or _client.address != address:
+        _client = TaskClient(address)
+    return _client
+
+
+class TaskClient:
+    """
+    The socket to the bitbake server. If it fails once, the task goes on
+    without it, and the user is told.
+    """
+    def __init__(self, address):
+        self.address = address
+        self.process = os.getpid()
+        self._number = 0
+        self._sock = None
+        self._failed = False
+
+    def ask(self, message, fd=None):
+        """
+        Blocks until the server has an answer; each protocol.SILENCE_SECONDS it
+        has to say something. Raises ConnectionCacheError.
+        """
+        if self._failed:
+            raise ConnectionCacheError("the bitbake server's part has failed before")
+        self._number += 1
+        try:
+            if self._sock is None:
+                self._connect()
+            protocol.send(self._sock, protocol.encode(dict(message, id=self._number)), fd)
+            reply = self._receive()
+            while "progress" in reply:
+                reply = self._receive()
+            if reply.get("id") != self._number or not ("status" in reply or "error" in reply):
+                raise ProtocolError("answer to something else")
+        except (OSError, ValueError, ProtocolError) as e:
+            self._fail(e)
+        if "error" in reply:
+            raise ConnectionCacheError("%s: %s" % (reply["error"], reply.get("message")))
+        return Answer(reply["status"], reply.get("size"), reply.get("modified"))
+
+    def _connect(self):
+        uid, _, name = self.address.partition(":")
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.settimeout(protocol.SILENCE_SECONDS)
+        self._sock.connect("\0" + name)
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if str(struct.unpack("3i", credentials)[1]) != uid:
+            raise ProtocolError("the socket belongs to another user")
+        hello = self._receive().get("hello")
+        if hello != protocol.VERSION:
+            raise ProtocolError("the server speaks version %r, not %s" % (hello, protocol.VERSION))
+
+    def _receive(self):
+        message, fd = protocol.receive(self._sock)
+        if fd is not None:
+            os.close(fd)
+        if message is None:
+            raise ProtocolError("the server has closed the connection")
+        return message
+
+    def _fail(self, error):
+        self._failed = True
+        self._sock.close()
+        if isinstance(error, socket.timeout):
+            error = TimedOutError("silent for %s seconds" % protocol.SILENCE_SECONDS)
+        # All tasks may find that out, the user needs to know once
+        bb.warnonce("The bitbake server's shared connections cannot be used, fetching without them")
+        raise ConnectionCacheError("the bitbake server's part has failed: %s" % error) from error

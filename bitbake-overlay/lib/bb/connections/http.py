@@ -1,0 +1,365 @@
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+"""
+One HTTP/1.1 connection, TLS or not: HEAD, and GET into a file descriptor.
+
+Used by pool.py, whose threads own one connection each: only that thread uses
+it, except for abort() which may come from any. Redirects, retries and the
+choice of the connection are the pool's. Nothing of the process is changed or
+read: proxy and certificates come with the request, since the environment of a
+task is not the server's.
+
+Follows RFC 9110 and RFC 9112. One request at a time.
+
+    connection = HTTPConnection(request.origin, request.route, timeout=100)
+    connection.connect()
+    response = connection.exchange(request)     # blocks
+    if not connection.reusable:
+        connection.close()
+"""
+
+import collections
+import email.utils
+import functools
+import os
+import socket
+import ssl
+import time
+
+import bb
+from bb.connections import ConnectError, ConnectionCacheError, ProtocolError, StatusError, TimedOutError
+from bb.connections.request import DEFAULT_PORTS, redact
+
+# An answer's head and what is read of a body that nobody wants before the
+# connection is given up instead, in bytes
+MAX_HEAD = 64 * 1024
+MAX_DISCARD = 64 * 1024
+
+# length is what the server announced, None if it did not
+Response = collections.namedtuple("Response", "status headers length")
+
+
+class Disconnected(ProtocolError):
+    """Closed before a byte of the answer: on a used connection the server had just given it up"""
+
+class DestinationError(ConnectionCacheError):
+    """The file that the body goes to cannot be written"""
+    kind = "destination"
+
+class Cancelled(ConnectionCacheError):
+    """Nobody waits for the answer any more"""
+    kind = "cancelled"
+
+
+@functools.lru_cache(maxsize=8)
+def tls_context(cafile, capath, verify):
+    """
+    The context for these certificates. As OpenSSL does for SSL_CERT_FILE and
+    SSL_CERT_DIR, but those of a task: each replaces only its own default.
+    """
+    if not verify:
+        return ssl._create_unverified_context()
+    if not cafile and not capath:
+        return ssl.create_default_context()
+    defaults = ssl.get_default_verify_paths()
+    cafile = cafile or defaults.openssl_cafile
+    capath = capath or defaults.openssl_capath
+    return ssl.create_default_context(cafile=cafile if os.path.exists(cafile) else None,
+                                      capath=capath if os.path.isdir(capath) else None)
+
+def retry_after(headers):
+    """Retry-After (RFC 9110 10.2.3) in seconds, or None"""
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+def last_modified(headers):
+    """Last-Modified (RFC 9110 8.8.2) in seconds since the epoch, or None"""
+    try:
+        return email.utils.parsedate_to_datetime(headers["last-modified"]).timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+class HTTPConnection:
+    """
+    timeout is how many seconds nothing may be heard, in connect() for all of
+    it; wget is given 100. After any exception the connection cannot be used
+    further.
+    """
+    def __init__(self, origin, route, timeout=100):
+        self.origin = origin
+        self.route = route
+        self.timeout = timeout
+        self.reusable = False
+        # Requests answered
+        self.served = 0
+        self._sock = None
+        self._aborted = False
+        # What has been received and not yet been used is between start and end
+        self._buffer = memoryview(bytearray(256 * 1024))
+        self._start = self._end = 0
+
+    # Connecting and closing
+
+    def connect(self):
+        """Blocks until connected, through the proxy and with TLS if need be. Raises ConnectError."""
+        host, port = self.route.proxy[:2] if self.route.proxy else (self.origin.host, self.origin.port)
+        try:
+            self._connect(host, port)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.origin.scheme == "https":
+                if self.route.proxy:
+                    self._tunnel()
+                context = tls_context(self.route.cafile, self.route.capath, self.route.verify)
+                # The handshake in a step of its own, for abort() to find the socket
+                self._sock = context.wrap_socket(self._sock, server_hostname=self.origin.host,
+                                                 do_handshake_on_connect=False)
+                self._sock.do_handshake()
+        except ssl.SSLCertVerificationError as e:
+            raise ConnectError("certificate of %s: %s" % (host, e.verify_message), retryable=False) from e
+        except (OSError, ValueError) as e:
+            raise ConnectError("cannot connect to %s port %s: %s" % (host, port, e)) from e
+        if self._aborted:
+            raise Cancelled("aborted")
+        self.reusable = True
+
+    def _connect(self, host, port):
+        deadline = time.monotonic() + self.timeout
+        error = None
+        for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            self._sock = socket.socket(family, kind, proto)
+            try:
+                self._sock.settimeout(max(deadline - time.monotonic(), 0.1))
+                self._sock.connect(address)
+                self._sock.settimeout(self.timeout)
+                return
+            except OSError as e:
+                error = e
+                self._sock.close()
+            if self._aborted:
+                break
+        raise error or OSError("no address")
+
+    def _tunnel(self):
+        authority = self._authority()
+        head = "CONNECT %s HTTP/1.1\r\nHost: %s\r\n" % (authority, authority)
+        if self.route.proxy[2]:
+            head += "Proxy-Authorization: %s\r\n" % self.route.proxy[2]
+        self._send(head + "\r\n")
+        status, _, _ = self._read_head()
+        if status // 100 != 2:
+            raise ConnectError("proxy %s answered %s to CONNECT" % (self.route.proxy[0], status),
+                               retryable=status in (502, 503, 504))
+
+    def _authority(self, always_port=True):
+        host = "[%s]" % self.origin.host if ":" in self.origin.host else self.origin.host
+        if always_port or self.origin.port != DEFAULT_PORTS[self.origin.scheme]:
+            host += ":%s" % self.origin.port
+        return host
+
+    def abort(self):
+        """Make whatever blocks on the connection fail soon. May be called from any thread."""
+        self._aborted = True
+        sock = self._sock
+        if sock is not None:
+            try:
+                # Of the plain socket: SSLSocket.shutdown() would drop its TLS state under the reader
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self):
+        self.reusable = False
+        if self._sock is not None:
+            self._sock.close()
+
+    def fileno(self):
+        """The descriptor, -1 without one"""
+        return self._sock.fileno() if self._sock is not None else -1
+
+    # One request and its answer
+
+    def exchange(self, request):
+        """
+        Send request and read the whole answer, the body of a 200 into
+        request.fd. Blocks. Returns a Response.
+        """
+        self.reusable = False
+        request.received = 0
+        if request.fd is not None:
+            # What an earlier attempt has left
+            self._write(os.ftruncate, request.fd, 0)
+        try:
+            self._send(self._head(request))
+            status, headers, version = self._read_head()
+            response = self._read_body(request, status, headers)
+        except socket.timeout as e:
+            raise TimedOutError("%s: nothing heard for %s seconds" % (redact(request.url), self.timeout)) from e
+        except OSError as e:
+            raise ProtocolError("%s: %s" % (redact(request.url), e)) from e
+        self.served += 1
+        if response.length is not None or request.method == "HEAD":
+            tokens = [t.strip().lower() for t in headers.get("connection", "").split(",")]
+            self.reusable = "close" not in tokens and (version >= (1, 1) or "keep-alive" in tokens)
+        return response
+
+    def _head(self, request):
+        target = request.target
+        lines = ["Host: " + self._authority(always_port=False),
+                 "User-Agent: bitbake/" + bb.__version__,
+                 "Accept: */*", "Accept-Encoding: identity"]
+        if request.authorization:
+            lines.append("Authorization: " + request.authorization)
+        if self.route.proxy and self.origin.scheme == "http":
+            target = "http://%s%s" % (self._authority(always_port=False), target)
+            if self.route.proxy[2]:
+                lines.append("Proxy-Authorization: " + self.route.proxy[2])
+        return "%s %s HTTP/1.1\r\n%s\r\n\r\n" % (request.method, target, "\r\n".join(lines))
+
+    def _send(self, text):
+        try:
+            self._sock.sendall(text.encode("ascii"))
+        except socket.timeout:
+            raise
+        except OSError as e:
+            raise Disconnected("%s closed the connection: %s" % (self.origin.host, e)) from e
+
+    def _fill(self):
+        """Read once. Returns False at the end of the stream."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end == len(self._buffer):
+            size = self._end - self._start
+            self._buffer[:size] = bytes(self._buffer[self._start:self._end])
+            self._start, self._end = 0, size
+        n = self._sock.recv_into(self._buffer[self._end:])
+        self._end += n
+        return n > 0
+
+    def _read_line_block(self, end, limit):
+        """Read up to and with the bytes end, at most limit. Returns them without end."""
+        while True:
+            data = bytes(self._buffer[self._start:min(self._end, self._start + limit)])
+            pos = data.find(end)
+            if pos >= 0:
+                self._start += pos + len(end)
+                return data[:pos]
+            if len(data) >= limit:
+                raise ProtocolError("%s: answer's head is longer than %s bytes" % (self.origin.host, limit))
+            try:
+                more = self._fill()
+            except socket.timeout:
+                raise
+            except OSError as e:
+                if data:
+                    raise
+                raise Disconnected("%s: %s" % (self.origin.host, e)) from e
+            if not more:
+                if data:
+                    raise ProtocolError("%s: closed in the middle of an answer's head" % self.origin.host)
+                raise Disconnected("%s: closed without an answer" % self.origin.host)
+
+    def _read_head(self):
+        """Returns status, headers with names in lower case, and version. Skips 1xx."""
+        while True:
+            head = self._read_line_block(b"\r\n\r\n", MAX_HEAD).decode("iso-8859-1").split("\r\n")
+            version, _, rest = head[0].partition(" ")
+            status = rest[:3]
+            if version not in ("HTTP/1.1", "HTTP/1.0") or not (status.isascii() and status.isdigit() and len(status) == 3):
+                raise ProtocolError("%s: not a HTTP/1 answer: %r" % (self.origin.host, head[0][:80]))
+            headers = {}
+            for line in head[1:]:
+                name, colon, value = line.partition(":")
+                if not colon or not name or name != name.strip():
+                    raise ProtocolError("%s: not a header: %r" % (self.origin.host, line[:80]))
+                name, value = name.lower(), value.strip()
+                if name in headers:
+                    # RFC 9112 6.3: the same length twice is one, two lengths are an attack or a fault
+                    value = value if name == "content-length" and headers[name] == value else headers[name] + ", " + value
+                headers[name] = value
+            if int(status) // 100 != 1:
+                return int(status), headers, (1, int(version[-1]))
+
+    def _read_body(self, request, status, headers):
+        length = headers.get("content-length")
+        if length is not None:
+            if not (length.isascii() and length.isdigit()):
+                raise ProtocolError("%s: Content-Length is %r" % (redact(request.url), length[:80]))
+            length = int(length)
+        if request.method == "HEAD" or status in (204, 304):
+            return Response(status, headers, length)
+
+        wanted = status == 200 and request.fd is not None
+        sink = functools.partial(self._sink, request) if wanted else None
+        coding = headers.get("transfer-encoding")
+        if coding is not None:
+            if coding.lower() != "chunked":
+                raise ProtocolError("%s: Transfer-Encoding is %r" % (redact(request.url), coding[:80]))
+            return Response(status, headers, self._read_chunks(request, sink))
+        if length is None:
+            # Ends with the connection: nothing tells a complete file from half of one
+            if wanted:
+                raise StatusError("%s: the server does not say how long the file is" % redact(request.url), status)
+            return Response(status, headers, None)
+        if not wanted and length > MAX_DISCARD:
+            return Response(status, headers, None)
+        self._read_bytes(request, length, sink)
+        return Response(status, headers, length)
+
+    def _read_bytes(self, request, size, sink):
+        while size:
+            if self._start == self._end and not self._fill():
+                raise ProtocolError("%s: closed %s bytes before the end" % (redact(request.url), size))
+            if request.cancelled or self._aborted:
+                raise Cancelled("nobody waits for it")
+            n = min(size, self._end - self._start)
+            if sink:
+                sink(self._buffer[self._start:self._start + n])
+            self._start += n
+            size -= n
+
+    def _read_chunks(self, request, sink):
+        """RFC 9112 7.1. Returns the length of the body."""
+        total = 0
+        while True:
+            line = self._read_line_block(b"\r\n", 4096).partition(b";")[0].strip()
+            try:
+                if not line.isalnum():
+                    raise ValueError
+                size = int(line, 16)
+            except ValueError:
+                raise ProtocolError("%s: not a chunk size: %r" % (redact(request.url), line[:80])) from None
+            if size == 0:
+                # Trailers, up to an empty line
+                while self._read_line_block(b"\r\n", MAX_HEAD):
+                    pass
+                return total
+            total += size
+            if sink is None and total > MAX_DISCARD:
+                raise ProtocolError("%s: a long body that nobody wants" % redact(request.url))
+            self._read_bytes(request, size, sink)
+            if self._read_line_block(b"\r\n", 2 + 1):
+                raise ProtocolError("%s: chunk without an end" % redact(request.url))
+
+    @staticmethod
+    def _sink(request, data):
+        while data:
+            n = HTTPConnection._write(os.pwrite, request.fd, data, request.received)
+            request.received += n
+            data = data[n:]
+
+    @staticmethod
+    def _write(call, *args):
+        try:
+            return call(*args)
+        except OSError as e:
+            raise DestinationError("cannot write the file: %s" % e.strerror) from e

@@ -1,0 +1,132 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a fresh machine lacks: a venv with the needed modules, and programs.
+
+scripts/demo and scripts/test call this before anything else; so it is
+standard library only. Programs are installed by apt-get when we are root
+and it is there; nothing is ever installed otherwise, and what is missing
+then is said in one line.
+
+    python = ensure_venv(ROOT / "build/venv", [REQUIREMENTS])
+    if not ensure_program("wget", "wget"): ...
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from netqueue import Problem
+
+REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
+INSTALL_SECONDS = 900
+SYSTEM_PATH = ":/usr/local/sbin:/usr/sbin:/sbin"
+POLICY = Path("/usr/sbin/policy-rc.d")
+
+
+def ensure_venv(venv, requirements=(REQUIREMENTS,), say=print):
+    """The venv's python, with all requirement files installed. Raises Problem.
+
+    Made anew when the interpreter or a requirement file has changed.
+    """
+    venv = Path(venv)
+    python = venv / "bin" / "python"
+    wanted = hashlib.sha256(sys.version.encode())
+    for path in requirements:
+        wanted.update(Path(path).read_bytes())
+    stamp = venv / ".netqueue-stamp"
+    if stamp.is_file() and stamp.read_text() == wanted.hexdigest() and python.exists():
+        return python
+    say("Making a Python venv in %s" % venv)
+    _make_venv(venv)
+    for path in requirements:
+        pip_install(python, ["--require-hashes", "--requirement", str(path)])
+    stamp.write_text(wanted.hexdigest())
+    return python
+
+
+def _make_venv(venv):
+    command = [sys.executable, "-m", "venv", "--clear", str(venv)]
+    if _run(command) == 0:
+        return
+    # Debian has ensurepip in a package of its own, named after the version.
+    packages = ["python3-venv"]
+    if sys.executable.startswith("/usr/bin/"):
+        packages.append("python%d.%d-venv" % sys.version_info[:2])
+    if apt_install(*packages) and _run(command) == 0:
+        return
+    raise Problem("%s cannot make a venv: install the package python3-venv" % sys.executable)
+
+
+def pip_install(python, arguments):
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    output = []
+    if _run(command + arguments, output):
+        raise Problem("pip install failed: %s" % _last_line(output))
+
+
+def ensure_program(name, package, say=print):
+    """True if the program is there, now or after apt-get. Never raises."""
+    if _which(name):
+        return True
+    if not can_install():
+        return False
+    say("Installing %s by apt-get" % package)
+    apt_install(package)
+    return _which(name) is not None
+
+
+def _which(name):
+    return shutil.which(name, path=os.environ.get("PATH", os.defpath) + SYSTEM_PATH)
+
+
+def can_install():
+    return os.geteuid() == 0 and _which("apt-get") is not None
+
+
+def apt_install(*packages):
+    """True if apt-get could install them. Asks for new package lists if the first try fails."""
+    if not can_install():
+        return False
+    install = ["apt-get", "install", "--yes", "--no-install-recommends"] + list(packages)
+    with _services_stay_off():
+        if _run(install) == 0:
+            return True
+        return _run(["apt-get", "update"]) == 0 and _run(install) == 0
+
+
+@contextlib.contextmanager
+def _services_stay_off():
+    """Debian starts a server when it installs it; we run our own, on a port of our own."""
+    if POLICY.exists():
+        yield
+        return
+    POLICY.write_text("#!/bin/sh\nexit 101\n")
+    POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        POLICY.unlink()
+
+
+def _run(command, output=None):
+    """The exit code; 1 if it cannot be run or takes too long. Its output is added to the list."""
+    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.STDOUT, env=environment, timeout=INSTALL_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        if output is not None:
+            output.append(str(error))
+        return 1
+    if output is not None:
+        output.append(done.stdout)
+    return done.returncode
+
+
+def _last_line(output):
+    lines = "\n".join(output).strip().splitlines()
+    return lines[-1] if lines else "it said nothing"

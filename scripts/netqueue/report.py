@@ -1,0 +1,82 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the demo shows: progress while it works, one table at the end.
+
+Called by demo.py from its only thread. Progress rewrites one line on a
+terminal; elsewhere (a log) it prints a line now and then.
+"""
+
+import re
+import sys
+import time
+
+QUIET_SECONDS = 10      # between two lines of progress in a log
+
+_TASK = re.compile(r"Running (?:setscene |noexec )?task (\d+) of (\d+)")
+
+# Title, key, decimals.
+MEASURES = (("objects restored", "restored", 0),
+            ("objects lost", "lost", 0),
+            ("connections accepted", "connections", 0),
+            ("requests", "requests", 0),
+            ("presence query, seconds", "presence_seconds", 2),
+            ("presence query, CPU seconds", "presence_cpu_seconds", 2),
+            ("seconds in all", "seconds", 1))
+
+
+class Progress:
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stdout
+        self.terminal = self.stream.isatty()
+        self.title = ""
+        self.started = self.printed = 0.0
+
+    def step(self, title):
+        self.title = title
+        self.started = self.printed = time.monotonic()
+        print(title, file=self.stream, end="" if self.terminal else "\n", flush=True)
+        if self.terminal:
+            self._rewrite("")
+
+    def follow(self, output):
+        """Show how far bitbake is, by its console output."""
+        tasks = _TASK.findall(output)
+        state = "task %s of %s" % tasks[-1] if tasks else "starting"
+        if self.terminal:
+            self._rewrite(": %s, %d s" % (state, time.monotonic() - self.started))
+        elif time.monotonic() - self.printed >= QUIET_SECONDS:
+            self.printed = time.monotonic()
+            print("  %s, %d s" % (state, self.printed - self.started), file=self.stream, flush=True)
+
+    def done(self):
+        text = ": done in %.1f s" % (time.monotonic() - self.started)
+        if self.terminal:
+            self._rewrite(text)
+            print(file=self.stream)
+        else:
+            print("  " + text[2:], file=self.stream, flush=True)
+
+    def _rewrite(self, text):
+        print("\r\033[K" + self.title + text, end="", file=self.stream, flush=True)
+
+
+def table(rows, details):
+    """Stock beside patched, for each protocol; rows and details in the order of the runs."""
+    lines = ["%-8s %-28s %10s %10s %10s" % ("", "", "stock", "patched", "ratio")]
+    values = [dict(detail, **row) for row, detail in zip(rows, details)]
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        stock, patched = (next(value for value in values
+                               if value["protocol"] == protocol and value["tree"] == tree)
+                          for tree in ("stock", "patched"))
+        label = protocol
+        for title, key, decimals in MEASURES:
+            lines.append("%-8s %-28s %10.*f %10.*f %10s"
+                         % (label, title, decimals, stock[key], decimals, patched[key],
+                            _ratio(stock[key], patched[key])))
+            label = ""
+        lines.append("%-8s served by %s" % ("", stock["software"]))
+    return "\n".join(lines)
+
+
+def _ratio(stock, patched):
+    return "%.3f" % (patched / stock) if stock else "-"
