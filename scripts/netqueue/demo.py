@@ -26,7 +26,7 @@ from netqueue.certificates import make_certificates
 from netqueue.layer import Build
 from netqueue.mirror import serve
 from netqueue.report import Progress, table
-from netqueue.trees import make_tree
+from netqueue.trees import shared_tree
 
 BUILD = ROOT / "build"
 VENV = BUILD / "venv"
@@ -112,8 +112,7 @@ def run(options, protocols):
     """All runs; prints the table. Returns the rows of the JSON file, and whether the patched tree failed."""
     progress = Progress()
     progress.step("Making a stock and a patched tree of bitbake from the package registry")
-    trees = [make_tree(BUILD / "trees" / name, name == "patched", BUILD / "cache")
-             for name in ("stock", "patched")]
+    trees = [shared_tree(patched) for patched in (False, True)]
     progress.done()
     _tell_series(trees[1])
     work = Path(tempfile.mkdtemp(prefix="demo-", dir=BUILD))

@@ -48,6 +48,7 @@ class Result:
     returncode: int
     output: str
     seconds: float      # of the client, from its start to its end
+    left: int = 0       # processes that had to be ended afterwards
 
     @property
     def presence(self):
@@ -87,12 +88,13 @@ class Running:
             # A time-out, or the caller was interrupted: nothing may stay.
             self.kill()
             raise
+        left = 0
         if not self.resident:
             deadline = time.monotonic() + SERVER_EXIT_SECONDS
             while processes_with_home(self.home) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-            stop_processes(self.home)
-        return Result(returncode, self.output(), seconds)
+            left = stop_processes(self.home)
+        return Result(returncode, self.output(), seconds, left)
 
     def _wait_for_client(self, timeout, progress):
         deadline = self.started + timeout

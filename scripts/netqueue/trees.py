@@ -8,7 +8,7 @@ The pin (version and hash) is in patches/bases.json. A tree is made beside
 its place and renamed, under a lock, so that parallel test workers share one;
 its stamp is a digest of all it was made from, so it is reused, never stale.
 
-    tree = make_tree(ROOT / "build/trees/patched", patched=True, cache=ROOT / "build/cache")
+    tree = shared_tree(patched=True)
     tree.bitbake            # the program to run, with tree.path_entries in PATH
     checkout("/src/bitbake")    # a Tree for a real checkout, used as it is
 """
@@ -90,6 +90,12 @@ def make_tree(dest, patched, cache, base="master"):
             made = _build(dest, wheel, patched, base, digest)
     return Tree(dest, name="patched" if patched else "stock", applied=made["applied"],
                 not_applicable=made["not_applicable"])
+
+
+def shared_tree(patched, base="master"):
+    """The tree in build/trees that the demo and the tests share. As make_tree()."""
+    return make_tree(ROOT / "build" / "trees" / ("patched" if patched else "stock"), patched,
+                     ROOT / "build" / "cache", base)
 
 
 def download(package, cache):
@@ -174,7 +180,8 @@ def _digest(package, patched, base):
     digest = hashlib.sha256(json.dumps([package, patched], sort_keys=True).encode())
     files = [Path(__file__)] + _files(LAUNCHERS)
     if patched:
-        files += _files(ROOT / "patches" / base) + [Path(__file__).with_name("series.py"), BASES]
+        files += _files(ROOT / "patches" / base) + [BASES]
+        files += [Path(__file__).with_name(name) for name in ("series.py", "git.py")]
     for path in files:
         if path.is_file():
             content = path.read_bytes()

@@ -17,6 +17,7 @@ be, the answer is None, which means: fetch as without shared connections.
 """
 
 import collections
+import contextlib
 import functools
 import logging
 import netrc
@@ -48,7 +49,7 @@ def checkstatus(ud, d, verify=True):
     Whether the file of ud exists: True, False, or None if that cannot be told
     here. Blocks as long as the mirror takes.
     """
-    answer = _ask("HEAD", ud, d, verify)
+    answer = _ask("HEAD", ud, d, verify) if _usable(ud, d) else None
     if answer is None:
         return None
     if answer.status in ABSENT:
@@ -70,7 +71,7 @@ def download(ud, d, localpath, verify=True):
     answer = None
     complete = False
     try:
-        bb.utils.remove(path)
+        _remove(path)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             answer = _ask("GET", ud, d, verify, fd)
@@ -81,10 +82,14 @@ def download(ud, d, localpath, verify=True):
         logger.debug("%s: not over shared connections: %s", redact(ud.url), e)
     finally:
         if not complete:
-            bb.utils.remove(path)
+            _remove(path)
     if answer is not None and answer.status in ABSENT:
         raise bb.fetch2.FetchError("No such file on the server (status %s)" % answer.status, redact(ud.url))
     return path if complete else None
+
+def _remove(path):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 def _is_complete(path, fd, answer):
     """Whether path is still the file that was written, and all of it. Sets its time as wget does."""
@@ -108,37 +113,33 @@ def _usable(ud, d):
 
 def _ask(method, ud, d, verify, fd=None):
     """Returns an Answer, or None if there is none to be had here"""
-    if not _usable(ud, d):
-        return None
     url = ud.url.split(";")[0]
-    environment = bb.fetch2.get_fetcher_environment(d)
+    environment = bb.fetch2.get_fetcher_environment(d, ENVIRONMENT + ("HOME",))
+    home = environment.pop("HOME", "")
     try:
-        message = {"method": method, "url": url, "verify": verify,
-                   "environment": {name: environment[name] for name in ENVIRONMENT if name in environment},
-                   "authorization": _authorization(ud, environment)}
+        message = {"method": method, "url": url, "verify": verify, "environment": environment,
+                   "authorization": _authorization(ud, home)}
         pool = server.current()
         if pool:
             return _ask_pool(pool, message, fd)
         return _task_client(d.getVar(server.ADDRESS)).ask(message, fd)
-    except ConnectionCacheError as e:
-        logger.debug("%s: not over shared connections: %s", redact(url), e)
-    except (ValueError, OSError) as e:
+    except (ConnectionCacheError, ValueError) as e:
         logger.debug("%s: not over shared connections: %s", redact(url), e)
     # In the server an interrupt also ends what is waited for
     if not bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")):
         bb.event.check_for_interrupts()
     return None
 
-def _authorization(ud, environment):
+def _authorization(ud, home):
     """What is in the URL, else in ~/.netrc, as a value for Authorization, or None"""
     if ud.user and ud.pswd:
         return basic_auth(ud.user, ud.pswd)
-    path = os.path.join(environment.get("HOME", ""), ".netrc")
+    path = os.path.join(home, ".netrc")
     try:
         login = _netrc(path, os.stat(path).st_mtime_ns).authenticators(urllib.parse.urlsplit(ud.url).hostname)
     except (OSError, netrc.NetrcParseError):
         return None
-    return basic_auth(login[0], login[2]) if login else None
+    return basic_auth(login[0], login[2]) if login and login[2] else None
 
 @functools.lru_cache(maxsize=4)
 def _netrc(path, mtime):

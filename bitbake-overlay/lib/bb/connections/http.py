@@ -121,8 +121,8 @@ class HTTPConnection:
                     self._tunnel()
                 context = tls_context(self.route.cafile, self.route.capath, self.route.verify)
                 # The handshake in a step of its own, for abort() to find the socket
-                self._sock = context.wrap_socket(self._sock, server_hostname=self.origin.host,
-                                                 do_handshake_on_connect=False)
+                self._own(context.wrap_socket(self._sock, server_hostname=self.origin.host,
+                                              do_handshake_on_connect=False))
                 self._sock.do_handshake()
         except ssl.SSLCertVerificationError as e:
             raise ConnectError("certificate of %s: %s" % (host, e.verify_message), retryable=False) from e
@@ -136,7 +136,7 @@ class HTTPConnection:
         deadline = time.monotonic() + self.timeout
         error = None
         for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            self._sock = socket.socket(family, kind, proto)
+            self._own(socket.socket(family, kind, proto))
             try:
                 self._sock.settimeout(max(deadline - time.monotonic(), 0.1))
                 self._sock.connect(address)
@@ -145,9 +145,13 @@ class HTTPConnection:
             except OSError as e:
                 error = e
                 self._sock.close()
-            if self._aborted:
-                break
         raise error or OSError("no address")
+
+    def _own(self, sock):
+        """From now on abort() ends what blocks on sock"""
+        self._sock = sock
+        if self._aborted:
+            raise OSError("aborted")
 
     def _tunnel(self):
         authority = self._authority()

@@ -65,7 +65,11 @@ class Request:
             raise ValueError("Not a http or https URL: %s" % redact(url))
         if any(c <= " " or c > "~" for c in url):
             raise ValueError("Character that a URL cannot have in: %s" % redact(url))
-        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        try:
+            port = parts.port or DEFAULT_PORTS[parts.scheme]
+        except ValueError:
+            # Its own message would have what stands there, which may be half a password
+            raise ValueError("Invalid port in: %s" % redact(url)) from None
         self.url = url
         self.origin = Origin(parts.scheme, parts.hostname.lower(), port, parts.username or "")
         self.target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -85,7 +89,10 @@ class Request:
 
 def redact(url):
     """url without user, password and query, which may hold a token: for messages"""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return "(invalid URL)"
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 def basic_auth(user, password):

@@ -82,6 +82,10 @@ class Mirror(http.server.ThreadingHTTPServer):
 def content(size):
     return (b"sstate object %d " % size * (size // 14 + 1))[:size]
 
+def own_threads():
+    """Names of the threads of what is tested here"""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("connection ")]
+
 class Peer:
     """A server that answers each connection with bytes from a list, then closes it"""
     def __init__(self, *answers):
@@ -301,15 +305,15 @@ class PoolTest(ConnectionsTest):
         peer = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(peer.close)
         url = "http://127.0.0.1:%s/" % peer.getsockname()[1]
-        threads = threading.active_count()
         errors = []
         for n in range(10):
             self.pool.submit(Request("HEAD", url, {}, done=lambda request, response, error: errors.append(error)))
-        peer.accept()[0].recv(4096)
-        self.assertTrue(self.pool.stop())
+        with peer.accept()[0] as sock:
+            sock.recv(4096)
+            self.assertTrue(self.pool.stop())
         self.assertEqual(len(errors), 10)
         self.assertNotIn(None, errors)
-        self.assertEqual(threading.active_count(), threads)
+        self.assertEqual(own_threads(), [])
 
 
 class ServerTest(ConnectionsTest):
@@ -369,10 +373,10 @@ class ServerTest(ConnectionsTest):
 
     def test_stop_closes_everything(self):
         sock = self.connect()
-        threads = threading.active_count()
+        self.assertEqual(own_threads(), ["connection server"])
         self.connections.stop()
         self.assertIsNone(protocol.receive(sock)[0])
-        self.assertEqual(threading.active_count(), threads - 1)
+        self.assertEqual(own_threads(), [])
         self.assertIsNone(server.current())
         self.assertEqual(self.cooker.extraconfigdata, {})
 

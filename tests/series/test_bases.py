@@ -1,0 +1,84 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""What is committed in patches/: the pins, the names, the messages, and the overlay beside it."""
+
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from netqueue import ROOT
+from netqueue.export import DATE, check_message, slug
+from netqueue.git import EMAIL, NAME
+from netqueue.series import PARTS, Patch, change_files, load_bases, load_series, patch_files
+from series.synthetic import files
+
+BASES = load_bases()
+FILES = [(base, part, path) for base in BASES for part in PARTS for path in patch_files(base, part)]
+
+
+def test_bases_are_pinned():
+    assert "master" in BASES
+    for name, base in BASES.items():
+        assert re.fullmatch("[a-z0-9-]+", name)
+        assert set(base) == set(PARTS)
+        for part in PARTS:
+            assert base[part]["repository"].startswith("https://git.openembedded.org/")
+            assert re.fullmatch("[0-9a-f]{40}", base[part]["commit"])
+        assert re.fullmatch(r"\d+\.\d+\.\d+", base["bitbake"]["version"])
+        assert all(re.fullmatch("[a-z]+", word) for word in base["openembedded-core"]["series"])
+
+
+def test_package_is_pinned():
+    package = BASES["master"]["bitbake"]["pypi"]
+    assert package["version"] == BASES["master"]["bitbake"]["version"]
+    assert re.fullmatch("[0-9a-f]{64}", package["sha256"])
+
+
+def test_nothing_else_is_in_patches():
+    expected = {"bases.json"} | {path.relative_to(ROOT / "patches").as_posix() for _, _, path in FILES}
+    assert {path for path, entry in files(ROOT / "patches").items() if entry} == expected
+
+
+def test_versions_tell_the_base():
+    versions = [base["bitbake"]["version"] for base in BASES.values()]
+    assert len(set(versions)) == len(versions)
+
+
+@pytest.mark.parametrize("base, part", [(base, part) for base in BASES for part in PARTS])
+def test_numbers_are_contiguous(base, part):
+    numbers = [int(path.name[:4]) for path in patch_files(base, part)]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("base, part, path", FILES, ids=[path.name for _, _, path in FILES])
+def test_head_and_message(base, part, path):
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    head, body = text.split("\n\n", 1) if "\n\n" in text else (text, "")
+    lines = head.split("\n")
+    assert lines[0] == "From %s Mon Sep 17 00:00:00 2001" % ("0" * 40)
+    assert lines[1] == "From: %s <%s>" % (NAME, EMAIL)
+    assert lines[2] == "Date: " + DATE
+    assert lines[3].startswith("Subject: [PATCH] ")
+    subject = lines[3][len("Subject: [PATCH] "):]
+    message = subject + "\n\n" + body.split("\n---\n\ndiff --git ", 1)[0] + "\n"
+    check_message(message, path.name)
+    assert path.name == "%s-%s.patch" % (path.name[:4], slug(message))
+
+
+def test_overlay_is_what_the_patches_add():
+    """Also what is outside of lib/bb, which the round trip on the package cannot see."""
+    patches = load_series("master", "bitbake")
+    new = {section.path for patch in patches for section in patch.sections if section.is_new}
+    only_new = [Patch(patch.name, patch.header, [one for one in patch.sections if one.path in new])
+                for patch in patches]
+    overlay = {path: entry for path, entry in files(ROOT / "bitbake-overlay", skip=("__pycache__",)).items() if entry}
+    assert applied_to_nothing(only_new) == {path: (content, bool(mode & 0o100))
+                                            for path, (content, mode) in overlay.items()}
+
+
+def applied_to_nothing(patches):
+    with tempfile.TemporaryDirectory() as folder:
+        change_files(Path(folder), patches)
+        return {path: (entry[0], bool(entry[1] & 0o100)) for path, entry in files(folder).items() if entry}

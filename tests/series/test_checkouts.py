@@ -1,0 +1,103 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""The whole committed series on checkouts of upstream: apply, export again, take out.
+
+The user's checkouts are cloned at the pinned commit and not written to.
+"""
+
+import pytest
+
+from netqueue import ROOT
+from netqueue.checkout import bitbake_version, oecore_version
+from netqueue.git import git, git_ok
+from netqueue.series import load_bases, patch_files
+from series.synthetic import run, state
+
+pytestmark = pytest.mark.checkout
+PINS = load_bases()["master"]
+
+
+def clone(source, target, part):
+    """A clone of a checkout at the pinned commit, which borrows its objects."""
+    pin = PINS[part]["commit"]
+    if not git_ok(source, "cat-file", "-e", pin + "^{commit}"):
+        pytest.fail("%s does not have the pinned commit %s: git fetch it" % (source, pin))
+    git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(target))
+    git(target, "checkout", "--quiet", "-b", "base", pin)
+    return target
+
+
+def round_trip(tree, parts, repos):
+    before = [state(repo) for repo in repos]
+    patches = {part: patch_files("master", part) for part in parts}
+    if not any(patches.values()):
+        pytest.skip("there are no patches for %s yet" % " and ".join(parts))
+    for command in (("apply", tree, "--check"), ("apply", tree), ("export", tree, "--check"),
+                    ("apply", tree, "--reverse")):
+        done = run(*command, project=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+    assert [state(repo) for repo in repos] == before
+
+
+def test_bitbake(bitbake_checkout, tmp_path):
+    tree = clone(bitbake_checkout, tmp_path / "bitbake", "bitbake")
+    assert bitbake_version(tree) == PINS["bitbake"]["version"]
+    round_trip(tree, ["bitbake"], [tree])
+
+
+def test_openembedded_core(oecore_checkout, tmp_path):
+    tree = clone(oecore_checkout, tmp_path / "oecore", "openembedded-core")
+    assert oecore_version(tree) == " ".join(PINS["openembedded-core"]["series"])
+    round_trip(tree, ["openembedded-core"], [tree])
+
+
+def test_both(bitbake_checkout, oecore_checkout, tmp_path):
+    trees = [clone(bitbake_checkout, tmp_path / "one", "bitbake"),
+             clone(oecore_checkout, tmp_path / "two", "openembedded-core")]
+    round_trip(tmp_path, ["bitbake", "openembedded-core"], trees)
+
+
+def test_poky(poky_checkout, tmp_path):
+    """A poky of a base is applied to; of any other, it is refused and not touched."""
+    tree = tmp_path / "poky"
+    git(tmp_path, "clone", "--quiet", "--shared", str(poky_checkout), str(tree))
+    before = state(tree)
+    known = (bitbake_version(tree / "bitbake") == PINS["bitbake"]["version"]
+             and oecore_version(tree) == " ".join(PINS["openembedded-core"]["series"]))
+    done = run("apply", tree, project=ROOT)
+    if known:
+        assert done.returncode == 0, done.stderr
+        assert run("apply", tree, "--reverse", project=ROOT).returncode == 0
+    else:
+        assert done.returncode == 1 and "no patches for bitbake" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert state(tree) == before
+
+
+def test_poky_layout(bitbake_checkout, oecore_checkout, tmp_path):
+    """Both pinned trees as one repository, which is how poky is laid out."""
+    tree = tmp_path / "poky"
+    tree.mkdir()
+    git(tree, "init", "--quiet")
+    git(tree, "checkout", "--quiet", "-b", "base")
+    sources = {"openembedded-core": oecore_checkout, "bitbake": bitbake_checkout}
+    borrow_objects(tree, sources.values())
+    for part, folder in (("openembedded-core", ""), ("bitbake", "bitbake/")):
+        git(tree, "read-tree", "--prefix=" + folder, PINS[part]["commit"])
+    git(tree, "commit", "--quiet", "--message", "poky")
+    git(tree, "reset", "--quiet", "--hard")
+    before = state(tree)
+    for options in ((), ("--reverse",)):
+        done = run("apply", tree, *options, project=ROOT)
+        assert done.returncode == 0, done.stderr
+        if not options:
+            count = sum(len(patch_files("master", part)) for part in PINS)
+            assert git(tree, "rev-list", "--count", "base..netqueue").strip() == str(count)
+    assert state(tree) == before
+
+
+def borrow_objects(repo, sources):
+    """As clone --shared does, but from more than one. Fetching would copy, and needs all of the history."""
+    folders = [source / git(source, "rev-parse", "--git-path", "objects").strip() for source in sources]
+    (repo / ".git/objects/info/alternates").write_text("".join("%s\n" % folder.resolve() for folder in folders))
