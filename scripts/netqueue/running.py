@@ -71,7 +71,7 @@ class Running:
             # A session of its own: a Ctrl-C at the caller's terminal is the caller's.
             self.process = subprocess.Popen(command, cwd=directory, env=environment, stdout=output,
                                             stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
-                                            start_new_session=True)
+                                            start_new_session=True, preexec_fn=_default_interrupt)
 
     def output(self):
         return self.log.read_text(errors="replace")
@@ -117,6 +117,11 @@ class Running:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def _default_interrupt():
+    # Who runs in the background ignores Ctrl-C, and so would bitbake: a worker of pytest-xdist, for one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes_with_home(home):

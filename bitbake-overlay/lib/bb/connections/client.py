@@ -65,9 +65,10 @@ def download(ud, d, localpath, verify=True):
     """
     if not _usable(ud, d):
         return None
+    bb.fetch2.check_network_access(d, "shared connections", ud.url)
     # Not the name that wget --continue takes up. The fetcher holds its lock for
     # localpath, so what has that name was left by a task that was killed.
-    path = localpath + ".shared.tmp"
+    path = localpath + ".new"
     answer = None
     complete = False
     try:
@@ -200,10 +201,12 @@ class TaskClient:
         if self._failed:
             raise ConnectionCacheError("the bitbake server's part has failed before")
         self._number += 1
+        # What is too long for a message is not the server's fault
+        data = protocol.encode(dict(message, id=self._number))
         try:
             if self._sock is None:
                 self._connect()
-            protocol.send(self._sock, protocol.encode(dict(message, id=self._number)), fd)
+            protocol.send(self._sock, data, fd)
             reply = self._receive()
             while "progress" in reply:
                 reply = self._receive()
@@ -237,7 +240,8 @@ class TaskClient:
 
     def _fail(self, error):
         self._failed = True
-        self._sock.close()
+        if self._sock is not None:
+            self._sock.close()
         if isinstance(error, socket.timeout):
             error = TimedOutError("silent for %s seconds" % protocol.SILENCE_SECONDS)
         # All tasks may find that out, the user needs to know once

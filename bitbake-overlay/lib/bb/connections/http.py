@@ -38,6 +38,7 @@ from bb.connections.request import DEFAULT_PORTS, redact
 # connection is given up instead, in bytes
 MAX_HEAD = 64 * 1024
 MAX_DISCARD = 64 * 1024
+MAX_TRAILERS = 100
 
 # length is what the server announced, None if it did not
 Response = collections.namedtuple("Response", "status headers length")
@@ -55,12 +56,18 @@ class Cancelled(ConnectionCacheError):
     kind = "cancelled"
 
 
-@functools.lru_cache(maxsize=8)
 def tls_context(cafile, capath, verify):
     """
     The context for these certificates. As OpenSSL does for SSL_CERT_FILE and
     SSL_CERT_DIR, but those of a task: each replaces only its own default.
+    Raises OSError if there are none.
     """
+    # Cached with the times of change, since a memory resident server outlives certificates
+    times = [os.stat(path).st_mtime_ns for path in (cafile, capath) if path and os.path.exists(path)]
+    return _tls_context(cafile, capath, verify, *times)
+
+@functools.lru_cache(maxsize=8)
+def _tls_context(cafile, capath, verify, *times):
     if not verify:
         return ssl._create_unverified_context()
     if not cafile and not capath:
@@ -68,8 +75,12 @@ def tls_context(cafile, capath, verify):
     defaults = ssl.get_default_verify_paths()
     cafile = cafile or defaults.openssl_cafile
     capath = capath or defaults.openssl_capath
-    return ssl.create_default_context(cafile=cafile if os.path.exists(cafile) else None,
-                                      capath=capath if os.path.isdir(capath) else None)
+    cafile = cafile if os.path.isfile(cafile) else None
+    capath = capath if os.path.isdir(capath) else None
+    if not cafile and not capath:
+        # Python would take those that the server's own environment names
+        raise FileNotFoundError("no certificates to trust")
+    return ssl.create_default_context(cafile=cafile, capath=capath)
 
 def retry_after(headers):
     """Retry-After (RFC 9110 10.2.3) in seconds, or None"""
@@ -125,8 +136,10 @@ class HTTPConnection:
                                               do_handshake_on_connect=False))
                 self._sock.do_handshake()
         except ssl.SSLCertVerificationError as e:
-            raise ConnectError("certificate of %s: %s" % (host, e.verify_message), retryable=False) from e
+            raise ConnectError("certificate of %s: %s" % (self.origin.host, e.verify_message), retryable=False) from e
         except (OSError, ValueError) as e:
+            if self._aborted:
+                raise Cancelled("aborted") from e
             raise ConnectError("cannot connect to %s port %s: %s" % (host, port, e)) from e
         if self._aborted:
             raise Cancelled("aborted")
@@ -163,6 +176,9 @@ class HTTPConnection:
         if status // 100 != 2:
             raise ConnectError("proxy %s answered %s to CONNECT" % (self.route.proxy[0], status),
                                retryable=status in (502, 503, 504))
+        if self._start != self._end:
+            # Not from the origin: it would pass for its first answer
+            raise ConnectError("proxy %s sent more than its answer to CONNECT" % self.route.proxy[0])
 
     def _authority(self, always_port=True):
         host = "[%s]" % self.origin.host if ":" in self.origin.host else self.origin.host
@@ -203,6 +219,8 @@ class HTTPConnection:
             # What an earlier attempt has left
             self._write(os.ftruncate, request.fd, 0)
         try:
+            if self.served:
+                self._check_quiet()
             self._send(self._head(request))
             status, headers, version = self._read_head()
             response = self._read_body(request, status, headers)
@@ -214,7 +232,23 @@ class HTTPConnection:
         if response.length is not None or request.method == "HEAD":
             tokens = [t.strip().lower() for t in headers.get("connection", "").split(",")]
             self.reusable = "close" not in tokens and (version >= (1, 1) or "keep-alive" in tokens)
+        if self._start != self._end or "transfer-encoding" in headers and "content-length" in headers:
+            # What comes behind may be part of this answer, or an attempt to pass for the next (RFC 9112 6.3)
+            self.reusable = False
         return response
+
+    def _check_quiet(self):
+        """What a server says unasked is no answer to what is asked next (RFC 9112 9.2)"""
+        self._sock.settimeout(0)
+        try:
+            self._fill()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return
+        except OSError as e:
+            raise Disconnected("%s: %s" % (self.origin.host, e)) from e
+        finally:
+            self._sock.settimeout(self.timeout)
+        raise Disconnected("%s: closed, or sent what was not asked for" % self.origin.host)
 
     def _head(self, request):
         target = request.target
@@ -337,16 +371,17 @@ class HTTPConnection:
         while True:
             line = self._read_line_block(b"\r\n", 4096).partition(b";")[0].strip()
             try:
-                if not line.isalnum():
+                if line.strip(b"0123456789abcdefABCDEF"):
                     raise ValueError
                 size = int(line, 16)
             except ValueError:
                 raise ProtocolError("%s: not a chunk size: %r" % (redact(request.url), line[:80])) from None
             if size == 0:
                 # Trailers, up to an empty line
-                while self._read_line_block(b"\r\n", MAX_HEAD):
-                    pass
-                return total
+                for _ in range(MAX_TRAILERS):
+                    if not self._read_line_block(b"\r\n", MAX_HEAD):
+                        return total
+                raise ProtocolError("%s: more than %s trailers" % (redact(request.url), MAX_TRAILERS))
             total += size
             if sink is None and total > MAX_DISCARD:
                 raise ProtocolError("%s: a long body that nobody wants" % redact(request.url))

@@ -30,7 +30,7 @@ import random
 import threading
 import time
 
-from bb.connections import ConnectError, ConnectionCacheError, RefusedError, StatusError
+from bb.connections import ConnectError, ConnectionCacheError, RefusedError, StatusError, TimedOutError
 from bb.connections.http import Cancelled, Disconnected, HTTPConnection, retry_after
 from bb.connections.request import MAX_REDIRECTS, REDIRECTS, redact
 
@@ -149,16 +149,22 @@ class Host:
                     self._queue.appendleft(request)
                 else:
                     self._queue.append(request)
-                if self._idle < len(self._queue) and self._active < self._limit:
-                    self._active += 1
-                    thread = threading.Thread(target=self._run, name="connection to %s" % self.origin.host)
-                    self._threads.add(thread)
-                else:
+                thread = self._grow()
+                if not thread:
                     self._cond.notify()
         if error:
             finish(request, None, error)
         if thread:
             thread.start()
+
+    def _grow(self):
+        """Called with the condition held. Returns a thread to start, if one is of use and allowed."""
+        if self._stopped or self._idle >= len(self._queue) or self._active >= self._limit:
+            return None
+        self._active += 1
+        thread = threading.Thread(target=self._run, name="connection to %s" % self.origin.host)
+        self._threads.add(thread)
+        return thread
 
     def stop(self):
         with self._cond:
@@ -199,6 +205,19 @@ class Host:
                 connection = None
             connection = self._attempt(connection, request)
 
+    def _finish(self, call, *args):
+        """
+        call(*args) with this thread counted as one that waits, which it is about to: what
+        is submitted meanwhile, because of the answer, needs no further connection.
+        """
+        with self._cond:
+            self._idle += 1
+        try:
+            call(*args)
+        finally:
+            with self._cond:
+                self._idle -= 1
+
     def _take(self):
         """Wait for a request. Returns None if the connection is not needed any more."""
         idle_until = time.monotonic() + IDLE
@@ -238,7 +257,7 @@ class Host:
                 raise RefusedError("%s: status %s" % (redact(request.url), response.status),
                                    retry_after(response.headers))
         except ConnectionCacheError as e:
-            self._failed(request, e, started)
+            self._finish(self._failed, request, e, started)
             return None
         except Exception as e:
             # A fault of ours must not leave a task waiting
@@ -248,7 +267,7 @@ class Host:
         if not connection.reusable:
             self._drop(connection)
             connection = None
-        self._answer(request, response)
+        self._finish(self._answer, request, response)
         return connection
 
     def _exchange(self, connection, request):
@@ -263,7 +282,11 @@ class Host:
                     self._drop(connection)
             connection = self._connect(request.route)
             self.pool.statistics.count(requests=1)
-            return connection, connection.exchange(request)
+            try:
+                return connection, connection.exchange(request)
+            except Disconnected as e:
+                # How those with a limit of connections refuse which do not get as far as 503
+                raise RefusedError(str(e)) from e
         except BaseException:
             self._drop(connection)
             raise
@@ -295,13 +318,19 @@ class Host:
             self._answers += 1
             if self._answers % RISE_AFTER == 0 and self._limit < self.pool.limit:
                 self._limit += 1
+            # What waits may be all there is: nobody submits any more
+            thread = self._grow()
+        if thread:
+            thread.start()
 
     def _failed(self, request, error, started):
         """Pause or break the host as error demands; try request again or end it."""
         victims = []
         request.attempts += 1
         with self._cond:
-            if isinstance(error, (RefusedError, ConnectError)):
+            if self._stopped:
+                error = Cancelled("the build has ended")
+            elif isinstance(error, (RefusedError, ConnectError, TimedOutError)):
                 self._pause(error, started)
             if self._broken:
                 error = self._broken
@@ -351,7 +380,7 @@ class Host:
             self.pool.submit(request)
             return
         if request.method == "GET" and response.status == 200:
-            self.pool.statistics.count(files=1, bytes=response.length)
+            self.pool.statistics.count(files=1, bytes=response.length or 0)
         finish(request, response, None)
 
 

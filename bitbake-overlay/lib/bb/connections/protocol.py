@@ -48,6 +48,7 @@ and the end of the connection. Unknown members are ignored, so that they can be
 added; whatever changes the meaning of the known ones needs a new VERSION.
 """
 
+import array
 import json
 import os
 import socket
@@ -79,7 +80,12 @@ def receive(sock):
     None; the message is None at the end. Raises ValueError for what is not a
     message (no descriptor is left open then), OSError as the socket does.
     """
-    data, fds, flags, _ = socket.recv_fds(sock, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+    # Not socket.recv_fds(), which ignores the flags in some versions of Python
+    fds = array.array("i")
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, socket.CMSG_LEN(fds.itemsize), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[:len(content) - len(content) % fds.itemsize])
     try:
         if not data:
             return None, None

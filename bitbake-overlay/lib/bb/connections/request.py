@@ -60,7 +60,11 @@ class Request:
         self._set_url(url)
 
     def _set_url(self, url):
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+        except ValueError:
+            # Its message may quote the password
+            raise ValueError("Not a valid URL") from None
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
             raise ValueError("Not a http or https URL: %s" % redact(url))
         if any(c <= " " or c > "~" for c in url):

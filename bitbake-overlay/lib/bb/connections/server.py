@@ -27,6 +27,7 @@ protocol.py says what goes over the socket.
 """
 
 import collections
+import contextlib
 import os
 import secrets
 import selectors
@@ -47,6 +48,12 @@ from bb.connections.request import ENVIRONMENT, Request
 MAX_PEERS = 192
 MAX_DESCRIPTORS = 192
 BACKLOG = 1024
+
+# Characters of an error, so that it fits into a message whatever it quotes
+MAX_TEXT = 1000
+
+# Messages that wait for a peer to read
+MAX_OUTPUT = 64
 
 ADDRESS = "BB_CONNECTION_CACHE_ADDRESS"
 
@@ -101,7 +108,9 @@ class Connections:
         self.objects = 0
         self._peers = {}
         self._answers = collections.deque()
-        self._descriptors = 0
+        # Of the requests under way, of peers that have left too. A number is taken out before it is
+        # closed: a child that closed it again might hit what has the number by then.
+        self._files = set()
         self._stopping = False
 
     def start(self):
@@ -113,14 +122,18 @@ class Connections:
         if not self.settings.enabled or self.pool:
             return
         self._started = time.monotonic()
+        self._stopping = False
         name = "bitbake-" + secrets.token_hex(16)
         self._max_peers = min(self.settings.threads + 16, MAX_PEERS)
         try:
-            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-            self._listener.bind("\0" + name)
-            self._listener.listen(BACKLOG)
-            self._wakeup, self._waker = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            self._selector = selectors.DefaultSelector()
+            with contextlib.ExitStack() as opened:
+                self._listener = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
+                self._listener.bind("\0" + name)
+                self._listener.listen(BACKLOG)
+                self._wakeup, self._waker = map(opened.enter_context, socket.socketpair(
+                    socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                self._selector = opened.enter_context(selectors.DefaultSelector())
+                opened.pop_all()
         except OSError as e:
             bb.warn("Fetching without shared connections, the socket for them cannot be opened: %s" % e)
             return
@@ -168,13 +181,11 @@ class Connections:
         shared = [self._listener, self._wakeup, self._waker, self._selector]
         if self.pool:
             shared += self.pool.connections()
-        for peer in self._peers.values():
-            shared.append(peer.sock)
-            for request in peer.requests.values():
-                if request.fd is not None:
-                    os.close(request.fd)
+        shared += [peer.sock for peer in list(self._peers.values())]
         for one in shared:
             one.close()
+        for fd in list(self._files):
+            os.close(fd)
 
     # In the threads of the pool
 
@@ -249,7 +260,10 @@ class Connections:
         self._listen()
 
     def _ready(self, sock, mask):
-        peer = self._peers[sock]
+        peer = self._peers.get(sock)
+        if peer is None:
+            # It has left since select()
+            return
         if mask & selectors.EVENT_WRITE:
             self._flush(peer)
         if not mask & selectors.EVENT_READ or sock not in self._peers:
@@ -271,14 +285,14 @@ class Connections:
 
     def _reject(self, peer, error):
         serverlog("a peer does not follow the protocol: %s" % error)
-        self._send(peer, {"id": None, "error": "protocol", "message": str(error)})
+        self._send(peer, {"id": None, "error": "protocol", "message": str(error)[:MAX_TEXT]})
         self._leave(peer)
 
     def _request(self, peer, message, fd):
         """Check message and hand it to the pool. Takes fd."""
         number = message.get("id")
         if fd is not None:
-            self._descriptors += 1
+            self._files.add(fd)
         try:
             if not isinstance(number, int) or number in peer.requests:
                 raise ValueError("id is not a number, or in use")
@@ -303,14 +317,14 @@ class Connections:
             self._reject(peer, e)
             return
         try:
-            if self._descriptors > MAX_DESCRIPTORS:
+            if len(self._files) > MAX_DESCRIPTORS:
                 raise ValueError("too many files at once")
             environment = {name: environment[name] for name in ENVIRONMENT if name in environment}
             request = Request(method, url, environment, verify, authorization, fd,
                               lambda *args: self._done(peer, number, *args))
         except ValueError as e:
             self._close(fd)
-            self._send(peer, {"id": number, "error": "url", "message": str(e)})
+            self._send(peer, {"id": number, "error": "url", "message": str(e)[:MAX_TEXT]})
             return
         peer.requests[number] = request
         self._submit(request)
@@ -324,7 +338,7 @@ class Connections:
 
     def _close(self, fd):
         if fd is not None:
-            self._descriptors -= 1
+            self._files.discard(fd)
             os.close(fd)
 
     def _woken(self, wakeup, mask):
@@ -343,7 +357,7 @@ class Connections:
                 continue
             if error:
                 kind = error.kind if isinstance(error, ConnectionCacheError) else "error"
-                message = {"id": number, "error": kind, "message": str(error)}
+                message = {"id": number, "error": kind, "message": str(error)[:MAX_TEXT]}
             else:
                 message = {"id": number, "status": response.status}
                 if response.status == 200:
@@ -360,7 +374,11 @@ class Connections:
 
     def _send(self, peer, message):
         peer.output.append(protocol.encode(message))
-        self._flush(peer)
+        if len(peer.output) > MAX_OUTPUT:
+            # It asks and does not read
+            self._leave(peer)
+        else:
+            self._flush(peer)
 
     def _flush(self, peer):
         try:

@@ -1,0 +1,358 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""The pool's queue, limits, pauses and breaker, over connections that are only pretended."""
+
+import threading
+
+import pytest
+
+from bb.connections import ConnectError, ProtocolError, RefusedError, StatusError, TimedOutError
+from bb.connections import pool as pool_module
+from bb.connections.http import Cancelled, Disconnected, Response
+from bb.connections.pool import ATTEMPTS, Pool
+from support.asking import Asked, ask_all, wait_until
+
+URL = "http://mirror.example/x"
+
+
+class Mirror:
+    """What the pretended connections are connected to, and their class."""
+
+    def __init__(self):
+        self.answer = lambda request: Response(200, {}, 0)
+        self.connecting = lambda: None
+        self.lock = threading.Lock()
+        self.open = self.peak = self.made = self.aborted = 0
+        self.urls = []
+
+    def __call__(self, origin, route, timeout):
+        return PretendedConnection(self, route)
+
+
+class PretendedConnection:
+    def __init__(self, mirror, route):
+        self.mirror = mirror
+        self.route = route
+        self.reusable = False
+        self._open = False
+
+    def connect(self):
+        self.mirror.connecting()
+        with self.mirror.lock:
+            self._open = True
+            self.mirror.made += 1
+            self.mirror.open += 1
+            self.mirror.peak = max(self.mirror.peak, self.mirror.open)
+        self.reusable = True
+
+    def exchange(self, request):
+        with self.mirror.lock:
+            self.mirror.urls.append(request.url)
+        answer = self.mirror.answer(request)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self):
+        with self.mirror.lock:
+            self.mirror.open -= self._open
+            self._open = False
+
+    def abort(self):
+        with self.mirror.lock:
+            self.mirror.aborted += 1
+
+
+@pytest.fixture
+def mirror():
+    return Mirror()
+
+
+@pytest.fixture
+def pool(mirror, monkeypatch):
+    monkeypatch.setattr(pool_module, "PAUSE", 0.005)
+    monkeypatch.setattr(pool_module, "BREAKER_PAUSE", 60)
+    made = Pool(4, connection_class=mirror)
+    yield made
+    assert made.stop()
+
+
+def in_turn(*answers):
+    """answers one after another, the last for ever; called from several threads"""
+    rest = list(answers)
+    lock = threading.Lock()
+
+    def answer(request):
+        with lock:
+            return rest.pop(0) if len(rest) > 1 else rest[0]
+    return answer
+
+
+def test_one_connection_serves_one_after_another(pool, mirror):
+    for i in range(20):
+        asked = Asked("HEAD", URL + str(i))
+        pool.submit(asked.request)
+        assert asked.status() == 200
+    assert mirror.made == 1
+    assert mirror.urls == [URL + str(i) for i in range(20)]
+    assert pool.statistics.requests == 20
+    assert pool.statistics.connections == 1
+
+
+def test_what_an_answer_leads_to_needs_no_further_connection(pool, mirror):
+    """A task asks for the next file at once; the thread that told it the answer is as good as idle then."""
+    asked = [Asked("HEAD", URL + str(i)) for i in range(10)]
+
+    def chain(one):
+        def done(request, response, error):
+            following = asked[asked.index(one) + 1:]
+            if following:
+                following[0].request.done = chain(following[0])
+                pool.submit(following[0].request)
+            one._done(request, response, error)
+        return done
+    asked[0].request.done = chain(asked[0])
+    pool.submit(asked[0].request)
+    assert [one.status() for one in asked] == [200] * 10
+    assert mirror.made == 1
+
+
+def test_order_of_a_queue_is_kept(pool, mirror):
+    pool.limit = 1
+    asked = ask_all(pool, "HEAD", [URL + str(i) for i in range(50)])
+    assert [one.status() for one in asked] == [200] * 50
+    assert mirror.urls == [URL + str(i) for i in range(50)]
+
+
+def test_never_more_connections_than_the_limit_and_all_of_them(pool, mirror):
+    meet = threading.Barrier(4)
+    waits = iter([True] * 4)
+
+    def answer(request):
+        if next(waits, False):
+            meet.wait(10)
+        return Response(200, {}, 0)
+    mirror.answer = answer
+    asked = ask_all(pool, "HEAD", [URL] * 200)
+    assert [one.status() for one in asked] == [200] * 200
+    assert mirror.peak == 4
+
+
+def test_limit_is_per_host_and_user(pool, mirror):
+    meet = threading.Barrier(3)
+    mirror.answer = lambda request: meet.wait(10) and None or Response(200, {}, 0)
+    pool.limit = 1
+    asked = ask_all(pool, "HEAD", ["http://a.example/", "http://b.example/", "http://user@a.example/"])
+    assert [one.status() for one in asked] == [200] * 3
+
+
+def test_another_route_takes_the_place_of_a_connection(pool, mirror):
+    environments = [{"http_proxy": "http://one.example"}, {"http_proxy": "http://two.example"}]
+    asked = [Asked("HEAD", URL, environments[i % 2]) for i in range(200)]
+    for one in asked:
+        pool.submit(one.request)
+    assert [one.status() for one in asked] == [200] * 200
+    assert mirror.peak <= 4
+
+
+@pytest.mark.parametrize("error", [ProtocolError("broken"), TimedOutError("silence"), RefusedError("busy")])
+def test_what_can_be_retried_is(pool, mirror, error):
+    mirror.answer = in_turn(error, error, Response(200, {}, 0))
+    asked = Asked("HEAD", URL)
+    pool.submit(asked.request)
+    assert asked.status() == 200
+    assert len(mirror.urls) == 3
+    assert mirror.open <= 1
+    assert pool.statistics.retries == 2
+    assert pool.statistics.refusals == (2 if isinstance(error, RefusedError) else 0)
+
+
+@pytest.mark.parametrize("error", [ProtocolError("broken"), RefusedError("busy")])
+def test_not_for_ever(pool, mirror, error):
+    mirror.answer = in_turn(error)
+    asked = Asked("HEAD", URL)
+    pool.submit(asked.request)
+    assert asked.error() is error
+    assert len(mirror.urls) == ATTEMPTS
+    assert len(asked.calls) == 1
+
+
+def test_what_cannot_be_retried_is_not(pool, mirror):
+    mirror.answer = in_turn(StatusError("no length", 200))
+    asked = Asked("HEAD", URL)
+    pool.submit(asked.request)
+    assert asked.error().status == 200
+    assert len(mirror.urls) == 1
+
+
+def test_a_fault_of_ours_reaches_who_waits(pool, mirror):
+    mirror.answer = in_turn(ZeroDivisionError("ours"), Response(200, {}, 0))
+    asked = ask_all(pool, "HEAD", [URL, URL])
+    errors = [one.wait()[1] for one in asked]
+    assert len([e for e in errors if e and "ours" in str(e)]) == 1
+    assert [e for e in errors if not e]
+
+
+def test_a_used_connection_that_the_server_gave_up_is_no_failure(pool, mirror):
+    mirror.answer = in_turn(Response(200, {}, 0), Disconnected("closed"), Response(200, {}, 0))
+    for _ in range(2):
+        asked = Asked("HEAD", URL)
+        pool.submit(asked.request)
+        assert asked.status() == 200
+    assert mirror.made == 2
+    assert pool.statistics.retries == 0
+
+
+def test_breaker_opens_fails_all_that_wait_and_closes_by_a_probe(pool, mirror, monkeypatch):
+    def connecting():
+        raise ConnectError("nobody there")
+    mirror.connecting = connecting
+    asked = ask_all(pool, "HEAD", [URL] * 30)
+    errors = [one.error() for one in asked]
+    assert all(e.kind == "connect" and not e.retryable for e in errors)
+    assert [len(one.calls) for one in asked] == [1] * 30
+    assert pool.troubles() == [("mirror.example", "nobody there")]
+
+    late = Asked("HEAD", URL)
+    pool.submit(late.request)
+    assert late.answered, "is to fail at once while the breaker is open"
+
+    # The pause over, one probe that fails opens it again
+    host = pool._hosts[late.request.origin]
+    host._pause_until = 0
+    probe = Asked("HEAD", URL)
+    pool.submit(probe.request)
+    assert not probe.error().retryable
+    assert host._pause_until > 0
+
+    mirror.connecting = lambda: None
+    host._pause_until = 0
+    asked = ask_all(pool, "HEAD", [URL] * 30)
+    assert [one.status() for one in asked] == [200] * 30
+    assert mirror.peak == 1, "goes on with one connection"
+
+
+def test_a_certificate_that_is_refused_opens_the_breaker_at_once(pool, mirror):
+    def connecting():
+        raise ConnectError("certificate", retryable=False)
+    mirror.connecting = connecting
+    pool.limit = 1
+    asked = ask_all(pool, "HEAD", [URL] * 10)
+    assert ["certificate" in str(one.error()) for one in asked] == [True] * 10
+    assert pool.statistics.retries == 0
+
+
+def test_other_hosts_go_on_when_one_is_left_alone(pool, mirror):
+    broken = Asked("HEAD", "https://other.example/")
+
+    def connecting():
+        if threading.current_thread().name.endswith("other.example"):
+            raise ConnectError("certificate", retryable=False)
+    mirror.connecting = connecting
+    pool.submit(broken.request)
+    assert broken.error()
+    asked = Asked("HEAD", URL)
+    pool.submit(asked.request)
+    assert asked.status() == 200
+
+
+def test_timeouts_open_the_breaker_too(pool, mirror):
+    """A mirror that accepts and never answers costs a time-out a request otherwise: hours for thousands."""
+    mirror.answer = in_turn(TimedOutError("silence"))
+    pool.limit = 1
+    asked = ask_all(pool, "HEAD", [URL] * 20)
+    for one in asked:
+        one.error()
+    assert len(mirror.urls) <= 2 * ATTEMPTS
+
+
+def test_connections_rise_again_without_a_new_request(pool, mirror, monkeypatch):
+    """A query is queued as a whole, so the queue and not submit() has to bring the threads back."""
+    monkeypatch.setattr(pool_module, "RISE_AFTER", 4)
+    gate = threading.Event()
+    mirror.answer = in_turn(RefusedError("busy"), Response(200, {}, 0))
+    first = Asked("HEAD", URL)
+    pool.submit(first.request)
+    assert first.status() == 200
+    wait_until(lambda: mirror.open <= 1, "the other connections are closed")
+    host = pool._hosts[first.request.origin]
+    assert host._limit < 4
+    mirror.peak = mirror.open
+    count = iter(range(1000))
+
+    def answer(request):
+        # Late answers keep all threads busy, as far as there are any
+        if next(count) > 40:
+            gate.wait(0.01)
+        return Response(200, {}, 0)
+    mirror.answer = answer
+    asked = ask_all(pool, "HEAD", [URL] * 100)
+    assert [one.status() for one in asked] == [200] * 100
+    assert mirror.peak == 4
+
+
+def test_idle_connections_are_closed_and_opened_again(pool, mirror, monkeypatch):
+    monkeypatch.setattr(pool_module, "IDLE", 0.02)
+    for made in (1, 2):
+        asked = Asked("HEAD", URL)
+        pool.submit(asked.request)
+        assert asked.status() == 200
+        assert mirror.made == made
+        host = pool._hosts[asked.request.origin]
+        wait_until(lambda: not host._threads, "the idle thread has ended")
+        assert mirror.open == 0
+
+
+def test_cancelled_request_is_not_sent(pool, mirror):
+    gate = threading.Event()
+    mirror.answer = lambda request: gate.wait(10) and Response(200, {}, 0)
+    pool.limit = 1
+    first, second = ask_all(pool, "HEAD", [URL + "1", URL + "2"])
+    second.request.cancelled = True
+    gate.set()
+    assert first.status() == 200
+    assert isinstance(second.error(), Cancelled)
+    assert mirror.urls == [URL + "1"]
+
+
+def test_stop_ends_all_that_wait_once(mirror):
+    pool = Pool(2, connection_class=mirror)
+    gate = threading.Event()
+    under_way = threading.Barrier(3)
+
+    def answer(request):
+        under_way.wait(10)
+        gate.wait(10)
+        return ProtocolError("aborted")
+    mirror.answer = answer
+    asked = ask_all(pool, "HEAD", [URL] * 10)
+    under_way.wait(10)
+    threading.Timer(0.05, gate.set).start()
+    assert pool.stop()
+    assert mirror.aborted == 2
+    assert [len(one.calls) for one in asked] == [1] * 10
+    assert all(isinstance(one.error(), Cancelled) for one in asked)
+    assert mirror.open == 0
+    late = Asked("HEAD", URL)
+    pool.submit(late.request)
+    assert isinstance(late.error(), Cancelled)
+
+
+def test_stop_says_so_if_a_thread_is_left(mirror):
+    pool = Pool(1, connection_class=mirror)
+    gate = threading.Event()
+    mirror.answer = lambda request: gate.wait(10) and Response(200, {}, 0)
+    asked = Asked("HEAD", URL)
+    pool.submit(asked.request)
+    assert not pool.stop(timeout=0.05)
+    gate.set()
+    assert pool.stop()
+    assert len(asked.calls) == 1
+
+
+def test_redirects_have_an_end(pool, mirror):
+    mirror.answer = lambda request: Response(302, {"location": request.url + "x"}, 0)
+    asked = Asked("HEAD", URL)
+    pool.submit(asked.request)
+    assert asked.error().status == 302
+    assert len(mirror.urls) == pool_module.MAX_REDIRECTS + 1

@@ -1,0 +1,127 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+if str(TESTS) not in sys.path:
+    sys.path.insert(0, str(TESTS))
+
+from support import patched
+
+patched.use()
+
+import ssl
+import threading
+import types
+
+import bb
+import bb.data
+import pytest
+
+from bb.connections import client, pool as pool_module, server
+from bb.connections.pool import Pool
+from bb.connections.server import Connections
+from netqueue.certificates import make_certificates
+from support.build import Build
+from wire.peers import Peer
+
+
+@pytest.fixture
+def peer():
+    """Called with a script (and what else Peer takes) returns a Peer, which is closed at the end."""
+    peers = []
+
+    def make(script, **kwargs):
+        peers.append(Peer(script, **kwargs))
+        return peers[-1]
+
+    yield make
+    for one in peers:
+        one.close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pauses that are as long as a test may wait"""
+    monkeypatch.setattr(pool_module, "PAUSE", 0.02)
+    monkeypatch.setattr(pool_module, "BREAKER_PAUSE", 0.05)
+
+
+@pytest.fixture
+def pool(quick):
+    """Four connections a host. Fails the test that leaves a thread behind."""
+    made = Pool(4, timeout=10)
+    yield made
+    assert made.stop(), "a thread is left"
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def other_certificates(tmp_path_factory):
+    """Of another CA, for the same names"""
+    return make_certificates(tmp_path_factory.mktemp("other"))
+
+
+@pytest.fixture(scope="session")
+def tls(certificates):
+    """A server's context"""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.server_file, certificates.key_file)
+    return context
+
+
+@pytest.fixture(scope="session")
+def trusting(certificates):
+    """An environment that trusts the CA of certificates"""
+    return {"SSL_CERT_FILE": str(certificates.ca_file)}
+
+
+@pytest.fixture
+def start(quick):
+    """Called with variables starts a build's Connections, which are stopped at the end."""
+    made = []
+    before = threading.enumerate()
+
+    def make(**variables):
+        d = bb.data.init()
+        for name, value in variables.items():
+            d.setVar(name, value)
+        connections = Connections(types.SimpleNamespace(extraconfigdata={}), d)
+        made.append(connections)
+        connections.start()
+        return connections
+
+    yield make
+    for connections in made:
+        connections.stop()
+    assert server.current() is None
+    assert not [t for t in threading.enumerate() if t.name.startswith("connection") and t not in before]
+
+
+@pytest.fixture
+def connections(start):
+    return start()
+
+
+@pytest.fixture
+def task_connections(start, monkeypatch):
+    """As in a task's process: there is a server, but not here"""
+    made = start()
+    monkeypatch.setattr(server, "_current", None)
+    monkeypatch.setattr(client, "_client", None)
+    yield made
+    if client._client and client._client._sock:
+        client._client._sock.close()
+
+
+@pytest.fixture
+def build(tmp_path, task_connections, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return Build(tmp_path, task_connections.address)
