@@ -9,7 +9,7 @@ import pytest
 from bb.connections import ConnectError, ProtocolError, RefusedError, StatusError, TimedOutError
 from bb.connections import pool as pool_module
 from bb.connections.http import Cancelled, Disconnected, Response
-from bb.connections.pool import ATTEMPTS, Pool
+from bb.connections.pool import ATTEMPTS, TIMEOUT_ATTEMPTS, Pool
 from support.asking import Asked, ask_all, wait_until
 
 URL = "http://mirror.example/x"
@@ -155,25 +155,27 @@ def test_another_route_takes_the_place_of_a_connection(pool, mirror):
     assert mirror.peak <= 4
 
 
-@pytest.mark.parametrize("error", [ProtocolError("broken"), TimedOutError("silence"), RefusedError("busy")])
-def test_what_can_be_retried_is(pool, mirror, error):
-    mirror.answer = in_turn(error, error, Response(200, {}, 0))
+@pytest.mark.parametrize("error, times", [(ProtocolError("broken"), 2), (TimedOutError("silence"), 1),
+                                          (RefusedError("busy"), 2)])
+def test_what_can_be_retried_is(pool, mirror, error, times):
+    mirror.answer = in_turn(*[error] * times, Response(200, {}, 0))
     asked = Asked("HEAD", URL)
     pool.submit(asked.request)
     assert asked.status() == 200
-    assert len(mirror.urls) == 3
+    assert len(mirror.urls) == times + 1
     assert mirror.open <= 1
-    assert pool.statistics.retries == 2
+    assert pool.statistics.retries == times
     assert pool.statistics.refusals == (2 if isinstance(error, RefusedError) else 0)
 
 
-@pytest.mark.parametrize("error", [ProtocolError("broken"), RefusedError("busy")])
-def test_not_for_ever(pool, mirror, error):
+@pytest.mark.parametrize("error, times", [(ProtocolError("broken"), ATTEMPTS), (RefusedError("busy"), ATTEMPTS),
+                                          (TimedOutError("silence"), TIMEOUT_ATTEMPTS)])
+def test_not_for_ever(pool, mirror, error, times):
     mirror.answer = in_turn(error)
     asked = Asked("HEAD", URL)
     pool.submit(asked.request)
     assert asked.error() is error
-    assert len(mirror.urls) == ATTEMPTS
+    assert len(mirror.urls) == times
     assert len(asked.calls) == 1
 
 

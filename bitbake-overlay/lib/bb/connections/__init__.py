@@ -91,8 +91,8 @@ def settings(d):
     Raises ValueError with one line that names the variable, its value and what
     is allowed.
     """
-    enabled = d.getVar("BB_CONNECTION_CACHE")
-    if enabled not in (None, "", "0", "1"):
+    enabled = d.getVar("BB_CONNECTION_CACHE") or "1"
+    if enabled not in ("0", "1"):
         raise ValueError('Invalid BB_CONNECTION_CACHE = "%s", allowed are "0" and "1"' % enabled)
 
     connections = d.getVar("BB_CONNECTION_CACHE_MAX") or "4"
@@ -105,4 +105,4 @@ def settings(d):
         # Not ours to complain about
         threads = 1
 
-    return Settings(enabled != "0", int(connections), threads)
+    return Settings(enabled == "1", int(connections), threads)

@@ -25,6 +25,7 @@ import os
 import socket
 import struct
 import threading
+import time
 import urllib.parse
 
 import bb
@@ -37,7 +38,7 @@ logger = logging.getLogger("BitBake.Fetcher")
 # Statuses which say that there is no such file
 ABSENT = (404, 410)
 
-# Longer than the pool tries a request
+# The query asks without shared connections what takes longer than this
 POOL_SECONDS = 1200
 
 # size and modified (seconds since the epoch) may be None
@@ -51,7 +52,8 @@ def checkstatus(ud, d, verify=True):
     """
     answer = _ask("HEAD", ud, d, verify) if _usable(ud, d) else None
     if answer is None:
-        return None
+        # The mirror is not asked again if the build is to end anyway
+        return False if bb.event._should_exit.is_set() else None
     if answer.status in ABSENT:
         return False
     return True if answer.status == 200 else None
@@ -63,7 +65,8 @@ def download(ud, d, localpath, verify=True):
     possible here; raises FetchError if the mirror says that there is none.
     Blocks as long as the mirror takes.
     """
-    if not _usable(ud, d):
+    # In the server nothing downloads
+    if not _usable(ud, d) or server.current():
         return None
     bb.fetch2.check_network_access(d, "shared connections", ud.url)
     # Not the name that wget --continue takes up. The fetcher holds its lock for
@@ -122,19 +125,18 @@ def _ask(method, ud, d, verify, fd=None):
                    "authorization": _authorization(ud, home)}
         pool = server.current()
         if pool:
-            return _ask_pool(pool, message, fd)
+            return _ask_pool(pool, message)
         return _task_client(d.getVar(server.ADDRESS)).ask(message, fd)
     except (ConnectionCacheError, ValueError) as e:
         logger.debug("%s: not over shared connections: %s", redact(url), e)
-    # In the server an interrupt also ends what is waited for
-    if not bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")):
-        bb.event.check_for_interrupts()
     return None
 
 def _authorization(ud, home):
     """What is in the URL, else in ~/.netrc, as a value for Authorization, or None"""
     if ud.user and ud.pswd:
         return basic_auth(ud.user, ud.pswd)
+    if not home:
+        return None
     path = os.path.join(home, ".netrc")
     try:
         login = _netrc(path, os.stat(path).st_mtime_ns).authenticators(urllib.parse.urlsplit(ud.url).hostname)
@@ -149,7 +151,7 @@ def _netrc(path, mtime):
 
 # In the server
 
-def _ask_pool(pool, message, fd):
+def _ask_pool(pool, message):
     answered = threading.Event()
     outcome = []
 
@@ -157,12 +159,14 @@ def _ask_pool(pool, message, fd):
         outcome.extend((response, error))
         answered.set()
 
-    request = Request(fd=fd, done=done, **message)
+    request = Request(done=done, **message)
     pool.submit(request)
-    # The pool answers in any case, at the latest when it is stopped
-    if not answered.wait(POOL_SECONDS):
-        request.cancelled = True
-        raise TimedOutError("no answer in %s seconds" % POOL_SECONDS)
+    deadline = time.monotonic() + POOL_SECONDS
+    # In steps, since nothing wakes the query if the user wants to end it
+    while not answered.wait(1):
+        if bb.event._should_exit.is_set() or time.monotonic() > deadline:
+            request.cancelled = True
+            raise TimedOutError("interrupted, or no answer in %s seconds" % POOL_SECONDS)
     response, error = outcome
     if error:
         raise error

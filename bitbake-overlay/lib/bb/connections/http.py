@@ -31,6 +31,7 @@ import ssl
 import time
 
 import bb
+import bb.utils
 from bb.connections import ConnectError, ConnectionCacheError, ProtocolError, StatusError, TimedOutError
 from bb.connections.request import DEFAULT_PORTS, redact
 
@@ -56,32 +57,6 @@ class Cancelled(ConnectionCacheError):
     kind = "cancelled"
 
 
-def tls_context(cafile, capath, verify):
-    """
-    The context for these certificates. As OpenSSL does for SSL_CERT_FILE and
-    SSL_CERT_DIR, but those of a task: each replaces only its own default.
-    Raises OSError if there are none.
-    """
-    # Cached with the times of change, since a memory resident server outlives certificates
-    times = [os.stat(path).st_mtime_ns for path in (cafile, capath) if path and os.path.exists(path)]
-    return _tls_context(cafile, capath, verify, *times)
-
-@functools.lru_cache(maxsize=8)
-def _tls_context(cafile, capath, verify, *times):
-    if not verify:
-        return ssl._create_unverified_context()
-    if not cafile and not capath:
-        return ssl.create_default_context()
-    defaults = ssl.get_default_verify_paths()
-    cafile = cafile or defaults.openssl_cafile
-    capath = capath or defaults.openssl_capath
-    cafile = cafile if os.path.isfile(cafile) else None
-    capath = capath if os.path.isdir(capath) else None
-    if not cafile and not capath:
-        # Python would take those that the server's own environment names
-        raise FileNotFoundError("no certificates to trust")
-    return ssl.create_default_context(cafile=cafile, capath=capath)
-
 def retry_after(headers):
     """Retry-After (RFC 9110 10.2.3) in seconds, or None"""
     value = headers.get("retry-after", "").strip()
@@ -102,9 +77,8 @@ def last_modified(headers):
 
 class HTTPConnection:
     """
-    timeout is how many seconds nothing may be heard, in connect() for all of
-    it; wget is given 100. After any exception the connection cannot be used
-    further.
+    timeout is how many seconds nothing may be heard, as wget is given 100.
+    After any exception the connection cannot be used further.
     """
     def __init__(self, origin, route, timeout=100):
         self.origin = origin
@@ -122,7 +96,11 @@ class HTTPConnection:
     # Connecting and closing
 
     def connect(self):
-        """Blocks until connected, through the proxy and with TLS if need be. Raises ConnectError."""
+        """
+        Blocks until connected, through the proxy and with TLS if need be. That
+        is at most a timeout for each of these, and as long as the look-up of
+        the name takes, which cannot be ended. Raises ConnectError or Cancelled.
+        """
         host, port = self.route.proxy[:2] if self.route.proxy else (self.origin.host, self.origin.port)
         try:
             self._connect(host, port)
@@ -130,14 +108,14 @@ class HTTPConnection:
             if self.origin.scheme == "https":
                 if self.route.proxy:
                     self._tunnel()
-                context = tls_context(self.route.cafile, self.route.capath, self.route.verify)
+                context = bb.utils.tls_context(self.route.verify, self.route.cafile, self.route.capath)
                 # The handshake in a step of its own, for abort() to find the socket
                 self._own(context.wrap_socket(self._sock, server_hostname=self.origin.host,
                                               do_handshake_on_connect=False))
                 self._sock.do_handshake()
         except ssl.SSLCertVerificationError as e:
             raise ConnectError("certificate of %s: %s" % (self.origin.host, e.verify_message), retryable=False) from e
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, ProtocolError) as e:
             if self._aborted:
                 raise Cancelled("aborted") from e
             raise ConnectError("cannot connect to %s port %s: %s" % (host, port, e)) from e

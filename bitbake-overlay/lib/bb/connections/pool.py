@@ -12,10 +12,11 @@ port, user) has one queue and at most as many threads as connections are
 allowed; a thread owns one connection. So whatever the number of tasks, and
 whether it is a query or a download, no host sees more connections than that.
 
-A host that refuses (429, 503, reset in the handshake) is asked after a pause,
+A host that refuses (429, 503, closed without an answer) is asked after a pause,
 over half the connections; one more after each RISE_AFTER answers. A host that
-cannot be reached is left alone for BREAKER_PAUSE seconds: requests fail at once
-until then, and the next one after that is the probe.
+does nothing else, cannot be reached or stays silent is left alone for
+BREAKER_PAUSE seconds: requests fail at once until then, and the next one after
+that is the probe.
 
 The state of a host is guarded by its condition; nothing blocks while it is held.
 
@@ -34,13 +35,15 @@ from bb.connections import ConnectError, ConnectionCacheError, RefusedError, Sta
 from bb.connections.http import Cancelled, Disconnected, HTTPConnection, retry_after
 from bb.connections.request import MAX_REDIRECTS, REDIRECTS, redact
 
-# How often a request is tried
+# How often a request is tried, and how often if nothing was heard for a long time
 ATTEMPTS = 4
+TIMEOUT_ATTEMPTS = 2
 # Seconds: the first pause and the longest, also of what a Retry-After may ask
 PAUSE = 0.5
 MAX_PAUSE = 60
-# Failures to connect in a row before a host is left alone, and for how many seconds
+# Failures in a row before a host is left alone, if it at least refuses, and for how many seconds
 BREAKER_FAILURES = 4
+BREAKER_REFUSALS = 8
 BREAKER_PAUSE = 30
 # Seconds until a connection that is not used is closed
 IDLE = 60
@@ -128,7 +131,7 @@ class Host:
         self._idle = 0
         self._limit = pool.limit
         self._answers = 0
-        # Refusals and failures to connect in a row, the time of the last, and until when nothing is asked
+        # Refusals, time-outs and failures to connect in a row, the time of the last, and until when nothing is asked
         self._failures = 0
         self._failed_at = 0
         self._pause_until = 0
@@ -154,8 +157,24 @@ class Host:
                     self._cond.notify()
         if error:
             finish(request, None, error)
-        if thread:
+        self._start(thread)
+
+    def _start(self, thread):
+        """Start what _grow() has returned, with the condition not held"""
+        if thread is None:
+            return
+        try:
             thread.start()
+        except RuntimeError as e:
+            # The system has no more. The others do the work, if there are any.
+            with self._cond:
+                self._active -= 1
+                self._threads.discard(thread)
+                victims = [] if self._active else list(self._queue)
+                if victims:
+                    self._queue.clear()
+            for victim in victims:
+                finish(victim, None, ConnectionCacheError(str(e)))
 
     def _grow(self):
         """Called with the condition held. Returns a thread to start, if one is of use and allowed."""
@@ -252,10 +271,6 @@ class Host:
         started = time.monotonic()
         try:
             connection, response = self._exchange(connection, request)
-            if response.status in (429, 503):
-                self._drop(connection)
-                raise RefusedError("%s: status %s" % (redact(request.url), response.status),
-                                   retry_after(response.headers))
         except ConnectionCacheError as e:
             self._finish(self._failed, request, e, started)
             return None
@@ -263,11 +278,15 @@ class Host:
             # A fault of ours must not leave a task waiting
             finish(request, None, ConnectionCacheError("internal error: %r" % e))
             return None
-        self._succeeded()
         if not connection.reusable:
             self._drop(connection)
             connection = None
-        self._finish(self._answer, request, response)
+        if response.status in (429, 503):
+            error = RefusedError("%s: status %s" % (redact(request.url), response.status), retry_after(response.headers))
+            self._finish(self._failed, request, error, started)
+        else:
+            self._succeeded()
+            self._finish(self._answer, request, response)
         return connection
 
     def _exchange(self, connection, request):
@@ -320,8 +339,7 @@ class Host:
                 self._limit += 1
             # What waits may be all there is: nobody submits any more
             thread = self._grow()
-        if thread:
-            thread.start()
+        self._start(thread)
 
     def _failed(self, request, error, started):
         """Pause or break the host as error demands; try request again or end it."""
@@ -336,7 +354,8 @@ class Host:
                 error = self._broken
                 victims = list(self._queue)
                 self._queue.clear()
-        if error.retryable and request.attempts < ATTEMPTS and not request.cancelled:
+        attempts = TIMEOUT_ATTEMPTS if isinstance(error, TimedOutError) else ATTEMPTS
+        if error.retryable and request.attempts < attempts and not request.cancelled:
             self.pool.statistics.count(retries=1)
             self.submit(request, first=True)
         else:
@@ -353,13 +372,15 @@ class Host:
             self._failed_at = time.monotonic()
             self._failures += 1
             self._limit = max(1, self._limit // 2)
-        pause = min(PAUSE * 2 ** (self._failures - 1), MAX_PAUSE) * random.uniform(0.5, 1)
+        pause = min(PAUSE * 2 ** min(self._failures - 1, 10), MAX_PAUSE) * random.uniform(0.5, 1)
+        failures = BREAKER_FAILURES
         if isinstance(error, RefusedError):
+            failures = BREAKER_REFUSALS
             pause = max(pause, min(error.retry_after or 0, MAX_PAUSE))
-        elif self._failures >= BREAKER_FAILURES or not error.retryable:
+        if self._failures >= failures or not error.retryable:
             self.trouble = str(error)
-            self._broken = ConnectError("%s is left alone for %s seconds: %s" %
-                                        (self.origin.host, BREAKER_PAUSE, error), retryable=False)
+            text = "%s is left alone for %s seconds: %s" % (self.origin.host, BREAKER_PAUSE, error)
+            self._broken = RefusedError(text) if isinstance(error, RefusedError) else ConnectError(text, retryable=False)
             self._limit = 1
             pause = BREAKER_PAUSE
         self._pause_until = max(self._pause_until, time.monotonic() + pause)

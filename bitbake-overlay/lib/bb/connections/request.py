@@ -86,7 +86,10 @@ class Request:
         parts = urllib.parse.urlsplit(url)
         # Credentials in a Location are the server's idea, not the user's
         self._set_url(urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
-        if before[:3] != self.origin[:3]:
+        if before[:3] == self.origin[:3]:
+            # The user counts among what a connection belongs to
+            self.origin = before
+        else:
             self.authorization = None
         self.redirects += 1
 
@@ -113,13 +116,18 @@ def route(origin, environment, verify):
 
     proxy = proxies.get(origin.scheme)
     if proxy and not urllib.request.proxy_bypass_environment("%s:%s" % (origin.host, origin.port), proxies):
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+        try:
+            parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
+            port = parts.port or 80
+        except ValueError:
+            # Its message may quote half of a password
+            raise ValueError("Not a valid URL of a proxy") from None
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError("Not a http proxy: %s" % redact(proxy))
         auth = None
         if parts.username:
             auth = basic_auth(urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or ""))
-        proxy = (parts.hostname, parts.port or 80, auth)
+        proxy = (parts.hostname, port, auth)
     else:
         proxy = None
 

@@ -44,7 +44,8 @@ from bb.connections.pool import Pool
 from bb.connections.request import ENVIRONMENT, Request
 
 # select() in server/process.py cannot deal with descriptors from 1024 on, so the
-# server takes only so many; further peers wait in the backlog
+# server takes only so many. Further peers wait in the backlog, and do without the
+# server if that takes longer than protocol.SILENCE_SECONDS.
 MAX_PEERS = 192
 MAX_DESCRIPTORS = 192
 BACKLOG = 1024
@@ -150,7 +151,8 @@ class Connections:
     def stop(self):
         """
         Cancel what is under way, close everything and wait for the threads,
-        at most about 20 seconds. Says what was done. May be called more than once.
+        at most about 20 seconds; a look-up of a name that takes longer goes on.
+        Says what was done. May be called more than once.
         """
         global _current
         pool, self.pool = self.pool, None
@@ -169,7 +171,7 @@ class Connections:
 
     def _report(self, pool):
         for host, trouble in pool.troubles():
-            bb.warn("Shared connections to %s had trouble, its objects were fetched without them: %s" % (host, trouble))
+            bb.warn("Shared connections to %s were given up for a time: %s" % (host, trouble))
         done = pool.statistics
         if done.requests:
             bb.note("Sstate network: %s objects, %.1f MiB in %.1f s, %s requests over %s connections (%s retries, %s refusals)" %

@@ -288,9 +288,10 @@ class PoolTest(ConnectionsTest):
             self.assertIsNone(response)
             self.assertEqual(error.status, 302)
 
-    def test_a_dead_host_is_left_alone_and_probed(self):
+    def test_a_dead_host_is_left_alone(self):
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
         url = "http://127.0.0.1:%s/" % listener.getsockname()[1]
         with unittest.mock.patch.object(pool, "BREAKER_PAUSE", 60):
             for _, error in self.ask(*[("HEAD", url, None)] * 20):
@@ -299,7 +300,20 @@ class PoolTest(ConnectionsTest):
                 self.assertIsInstance(self.ask(("HEAD", url, None))[0][1], ConnectError)
             connect.assert_not_called()
         self.assertEqual([host for host, _ in self.pool.troubles()], ["127.0.0.1"])
-        listener.close()
+
+    def test_a_host_that_is_back_is_used_again(self):
+        mirror = self.mirror()
+        mirror.statuses = [503] * 2
+        with unittest.mock.patch.object(pool, "BREAKER_REFUSALS", 2):
+            self.assertIsInstance(self.ask(("HEAD", mirror.url + "/status/200", None))[0][1], RefusedError)
+        self.assertEqual([host for host, _ in self.pool.troubles()], ["127.0.0.1"])
+        pause = threading.Event()
+        for _ in range(100):
+            response, _ = self.ask(("HEAD", mirror.url + "/status/200", None))[0]
+            if response:
+                break
+            pause.wait(0.05)
+        self.assertEqual(response.status, 200)
 
     def test_stop_ends_what_waits(self):
         peer = socket.create_server(("127.0.0.1", 0))

@@ -1,0 +1,110 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""Fixtures for tests with a real bitbake: trees, a filled mirror, nginx, builds.
+
+The trees are in build/trees, as those of the demo; the mirror is filled once
+in a run of the tests, whatever the number of workers.
+"""
+
+import contextlib
+import fcntl
+import functools
+import shutil
+
+import pytest
+
+from netqueue.certificates import make_certificates
+from netqueue.layer import Build
+from netqueue.mirror import find_nginx, serve
+from netqueue.trees import shared_tree
+from system.observe import SECOND
+from system.peer import FaultyMirror
+
+# So many objects have each kind and size: one of 10 MiB, four of 1 MiB
+MANY = 50
+FEW = 8
+
+
+@pytest.fixture(scope="session")
+def stock_tree():
+    return shared_tree(patched=False)
+
+
+@pytest.fixture(scope="session")
+def patched_tree():
+    tree = shared_tree(patched=True)
+    if not tree.applied:
+        pytest.skip("there are no patches yet")
+    return tree
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory, worker_id):
+    """One folder for all workers of a run"""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def mirror_files(shared_folder, stock_tree):
+    """What a mirror serves: MANY objects in waves, FEW without dependencies, and FEW of the multiconfig second"""
+    files = shared_folder / "mirror-files"
+    with open(shared_folder / "mirror.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not files.exists():
+            fill(files, shared_folder / "fill", stock_tree)
+    return files
+
+
+def fill(files, folder, stock):
+    with Build(folder, stock, objects=MANY) as build:
+        result = build.run(["demo-all"], timeout=120)
+        assert result.returncode == 0, result.output
+    with Build(folder, stock, objects=FEW, levels=1, multiconfigs=SECOND) as build:
+        result = build.run(["demo-all", "mc:second:demo-all"], timeout=120)
+        assert result.returncode == 0, result.output
+        # Those of the lowest level have no dependencies the first time either
+        assert len(build.archives()) == MANY + FEW
+    build.sstate.rename(files)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """Of the CA that builds are told to trust"""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    return make_certificates(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def serve_nginx():
+    """Called with a folder and what serve() takes, returns nginx that serves it."""
+    if not find_nginx():
+        pytest.skip("nginx is not installed")
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(serve(*args, server="nginx", **options))
+
+
+@pytest.fixture
+def mirror(mirror_files, serve_nginx):
+    """Called with what serve() takes beside the folder, returns nginx with the filled mirror's files."""
+    return functools.partial(serve_nginx, mirror_files)
+
+
+@pytest.fixture
+def faulty_mirror(mirror_files):
+    """Called with a fault (see FaultyMirror), returns a mirror that has it."""
+    with contextlib.ExitStack() as stack:
+        yield lambda fault: stack.enter_context(FaultyMirror(mirror_files, fault))
+
+
+@pytest.fixture
+def make_build(tmp_path):
+    """Called with a tree, a mirror and what Build takes, returns a Build of FEW objects."""
+    with contextlib.ExitStack() as stack:
+        def make(tree, mirror, name=None, **options):
+            build = Build(tmp_path / (name or tree.name), tree, mirror=mirror,
+                          **{"objects": FEW, "levels": 1, **options})
+            stack.callback(build.clean)
+            return stack.enter_context(build)
+        yield make

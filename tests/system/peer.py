@@ -1,0 +1,98 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""A mirror with a fault, where nginx is too well behaved. See wire/peers.py for the peer it is made of.
+
+    def fault(talk, request, body):
+        if request.method == "GET" and is_object(request, "demo-0007"):
+            talk.answer(request, b"gone", status=404)
+            return HANDLED
+
+    with FaultyMirror(folder, fault) as mirror:
+        build = Build(..., mirror=mirror)
+"""
+
+import email.utils
+import os
+import threading
+import urllib.parse
+
+from wire.peers import Peer
+
+# What a fault returns if it has sent an answer, or if the connection shall end; nothing: answer as usual
+HANDLED = "handled"
+CLOSE = "close"
+
+
+def is_object(request, recipe):
+    """Whether the request is for the archive of a recipe"""
+    path = urllib.parse.unquote(request.target)
+    return "/sstate:%s:" % recipe in path and path.endswith(".tar.zst")
+
+
+def is_archive(request):
+    return request.target.endswith(".tar.zst")
+
+
+def by_wget(request):
+    return request.headers.get("user-agent", "").startswith("Wget")
+
+
+def send_part(talk, body, size, announced=None):
+    """The head of a 200 and so many bytes of the body"""
+    length = len(body) if announced is None else announced
+    talk.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + body[:size])
+
+
+class FaultyMirror:
+    """Serves a folder. fault(talk, request, body) is asked first; body is None if there is no such file."""
+
+    ca_file = None
+
+    def __init__(self, directory, fault):
+        self.directory = directory
+        self.fault = fault
+        self._closer = None
+        self.peer = Peer(self._script)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self._closer:
+            self._closer.join()
+        else:
+            self.peer.close()
+
+    def die(self):
+        """Close the port and all connections. For a fault, which returns CLOSE then."""
+        if not self._closer:
+            # It waits for the thread that calls this
+            self._closer = threading.Thread(target=self.peer.close)
+            self._closer.start()
+
+    @property
+    def url(self):
+        return self.peer.url("")
+
+    @property
+    def requests(self):
+        return self.peer.requests
+
+    def asked(self, method, recipe):
+        """The requests with this method for the archive of a recipe"""
+        return [request for request in self.requests if request.method == method and is_object(request, recipe)]
+
+    def _script(self, talk):
+        for request in talk.requests():
+            path = self.directory / urllib.parse.unquote(request.target).lstrip("/")
+            body = path.read_bytes() if path.is_file() else None
+            outcome = self.fault(talk, request, body)
+            if outcome == CLOSE:
+                return
+            if outcome == HANDLED:
+                continue
+            if body is None:
+                talk.answer(request, b"no such file", status=404)
+            else:
+                talk.answer(request, body, "Last-Modified: "
+                            + email.utils.formatdate(os.stat(path).st_mtime, usegmt=True))

@@ -1,0 +1,160 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""Mirrors that fail: what can be had is restored, the rest is absent, and nothing is half there."""
+
+import pytest
+
+from system.conftest import FEW
+from system.observe import damaged, names, problems, restore, summary, unfinished
+from system.peer import CLOSE, HANDLED, by_wget, is_object, send_part
+
+pytestmark = pytest.mark.system
+
+# Of 1 MiB; demo-0003 is small
+LARGE, SMALL = "demo-0007", "demo-0003"
+
+
+def all_but(*absent):
+    return [name for name in ("demo-%04d" % number for number in range(1, FEW + 1)) if name not in absent]
+
+
+def final_names(build, recipe):
+    """What there is of a recipe's archive under its final name"""
+    return [name for name in names(build.sstate) if "sstate:%s:" % recipe in name and name.endswith(".tar.zst")]
+
+
+def test_gone_after_the_query(faulty_mirror, mirror_files, make_build, patched_tree):
+    """404 for objects whose HEAD was answered with 200"""
+    def fault(talk, request, body):
+        if request.method == "GET" and (is_object(request, SMALL) or is_object(request, LARGE)):
+            talk.answer(request, b"gone", status=404)
+            return HANDLED
+
+    server = faulty_mirror(fault)
+    build = make_build(patched_tree, server)
+    result = restore(build)
+    assert build.restored() == all_but(SMALL, LARGE)
+    assert final_names(build, SMALL) == final_names(build, LARGE) == []
+    # That there is no such file is an answer: neither a second try nor wget
+    assert len(server.asked("GET", SMALL)) == len(server.asked("GET", LARGE)) == 1
+    assert not any(by_wget(request) for request in server.requests)
+    assert server.peer.connections <= 4
+    assert damaged(build.sstate, mirror_files) == []
+    assert summary(result.output).retries == 0
+
+
+@pytest.mark.parametrize("recipe", [SMALL, LARGE])
+def test_body_ends_early_once(recipe, faulty_mirror, mirror_files, make_build, patched_tree):
+    def fault(talk, request, body):
+        if request.method == "GET" and is_object(request, recipe) and len(server.asked("GET", recipe)) == 1:
+            send_part(talk, body, len(body) // 2)
+            return CLOSE
+
+    server = faulty_mirror(fault)
+    build = make_build(patched_tree, server)
+    result = restore(build)
+    assert result.returncode == 0 and problems(result.output) == []
+    assert build.restored() == all_but()
+    assert damaged(build.sstate, mirror_files) == []
+    assert len(server.asked("GET", recipe)) == 2
+    assert not any(by_wget(request) for request in server.requests)
+    assert summary(result.output).retries == 1
+
+
+def test_body_ends_early_for_bitbake(faulty_mirror, mirror_files, make_build, patched_tree):
+    """wget gets the object then, and starts from nothing."""
+    def fault(talk, request, body):
+        if request.method == "GET" and is_object(request, LARGE) and not by_wget(request):
+            send_part(talk, body, len(body) - 1)
+            return CLOSE
+
+    server = faulty_mirror(fault)
+    build = make_build(patched_tree, server)
+    result = restore(build)
+    assert result.returncode == 0 and problems(result.output) == []
+    assert build.restored() == all_but()
+    assert damaged(build.sstate, mirror_files) == []
+    by = [request for request in server.requests if by_wget(request)]
+    assert [is_object(request, LARGE) for request in by] == [True]
+    assert "range" not in by[0].headers
+    assert unfinished(build.sstate) == []
+
+
+@pytest.mark.parametrize("announced_more", [0, 100], ids=["ends early", "shorter than Content-Length"])
+def test_body_always_wrong(announced_more, faulty_mirror, mirror_files, make_build, patched_tree):
+    """Nobody can get the object, so it is not there; also wget's half is not under the final name."""
+    def fault(talk, request, body):
+        if request.method == "GET" and is_object(request, LARGE):
+            size = len(body) if announced_more else len(body) // 2
+            send_part(talk, body, size, len(body) + announced_more)
+            return CLOSE
+
+    server = faulty_mirror(fault)
+    build = make_build(patched_tree, server)
+    restore(build)
+    assert build.restored() == all_but(LARGE)
+    assert final_names(build, LARGE) == []
+    assert damaged(build.sstate, mirror_files) == []
+    # What wget leaves, with stock, too
+    assert all(name.endswith(".tar.zst.tmp") for name in unfinished(build.sstate))
+    asked = server.asked("GET", LARGE)
+    assert len([request for request in asked if not by_wget(request)]) == 4
+    assert [request for request in asked if by_wget(request)]
+
+
+class EverySecond:
+    """503 for each second request"""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, talk, request, body):
+        self.count += 1
+        if self.count % 2 == 0:
+            talk.answer(request, b"busy", status=503)
+            return HANDLED
+
+
+def test_refused_every_second_time(faulty_mirror, mirror_files, make_build, patched_tree):
+    server = faulty_mirror(EverySecond())
+    build = make_build(patched_tree, server, objects=4, extra_conf='BB_CONNECTION_CACHE_MAX = "2"')
+    result = restore(build)
+    assert result.returncode == 0 and problems(result.output) == []
+    assert len(build.restored()) == 4
+    assert damaged(build.sstate, mirror_files) == []
+    told = summary(result.output)
+    assert told.refusals == told.retries > 0
+    assert told.requests == len(server.requests)
+    assert not any(by_wget(request) for request in server.requests)
+
+
+def test_refused_every_second_time_stock(faulty_mirror, make_build, stock_tree):
+    """What the test above is compared with; one thread makes it predictable."""
+    build = make_build(stock_tree, faulty_mirror(EverySecond()), objects=4, threads=1)
+    restore(build)
+    assert len(build.restored()) < 4
+
+
+def test_dead_after_the_query(faulty_mirror, make_build, stock_tree, patched_tree):
+    """The mirror's port is closed before anything is fetched. All is lost, as with stock, and said once."""
+    def fault(talk, request, body):
+        if len(server.requests) == FEW:
+            talk.answer(request, body)
+        if len(server.requests) >= FEW:
+            server.die()
+            return CLOSE
+
+    returncodes, told = {}, {}
+    for tree in (stock_tree, patched_tree):
+        server = faulty_mirror(fault)
+        # One thread, so that all but the last have been answered then
+        build = make_build(tree, server, threads=1)
+        result = restore(build)
+        assert "Mirrors %d Missed 0" % FEW in result.output
+        assert build.restored() == [] and names(build.sstate) == []
+        returncodes[tree.name] = result.returncode
+        told[tree.name] = problems(result.output)
+    assert returncodes["patched"] == returncodes["stock"]
+    shared = [line for line in told["patched"] if "hared connections" in line]
+    assert len(shared) == 1 and "127.0.0.1" in shared[0]
+    assert len(told["patched"]) == len(told["stock"]) + 1

@@ -1,0 +1,116 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""Everything is restored over few connections, and what is on disk afterwards is what stock leaves."""
+
+import re
+import stat
+
+import pytest
+
+from netqueue.certificates import make_certificates, trust
+from system.conftest import FEW, MANY
+from system.observe import SECOND, names, problems, restore, snapshot, summary
+
+pytestmark = pytest.mark.system
+
+ARCHIVE = re.compile(r"../../sstate:demo-\d{4}:.*\.tar\.zst(\.siginfo)?")
+
+
+@pytest.mark.parametrize("protocol", ["http", "https"])
+def test_as_stock_over_four_connections(protocol, mirror, certificates, make_build, stock_tree, patched_tree):
+    server = mirror(protocol, certificates=certificates)
+    results, counters, files = {}, {}, {}
+    for tree in (stock_tree, patched_tree):
+        server.reset()
+        build = make_build(tree, server, objects=MANY, levels=4, threads=8)
+        result = results[tree.name] = restore(build)
+        counters[tree.name] = server.counters()
+        files[tree.name] = snapshot(build.sstate)
+        assert result.returncode == 0 and problems(result.output) == []
+        assert len(build.restored()) == MANY
+
+    assert counters["stock"].connections >= 3 * MANY
+    assert 1 <= counters["patched"].connections <= 4
+    assert counters["patched"].requests == counters["stock"].requests
+    assert set(counters["patched"].statuses) == {200}
+
+    assert files["patched"] == files["stock"]
+    regular = {name: entry for name, entry in files["patched"].items() if stat.S_ISREG(entry.mode)}
+    assert len(regular) == 2 * MANY and all(ARCHIVE.fullmatch(name) for name in regular)
+    # OE_SHARED_UMASK is 002
+    assert {stat.S_IMODE(entry.mode) for entry in regular.values()} == {0o664}
+
+    assert summary(results["stock"].output) is None
+    told = summary(results["patched"].output)
+    size = sum((build.sstate / name).stat().st_size for name in regular)
+    assert told.objects == MANY
+    assert told.mib == round(size / 1048576, 1)
+    assert (told.requests, told.connections) == (counters["patched"].requests, counters["patched"].connections)
+    assert (told.retries, told.refusals) == (0, 0)
+
+
+def test_one_connection(mirror, make_build, patched_tree):
+    server = mirror()
+    build = make_build(patched_tree, server, threads=8, extra_conf='BB_CONNECTION_CACHE_MAX = "1"')
+    result = restore(build)
+    assert (result.returncode, len(build.restored())) == (0, FEW)
+    assert problems(result.output) == []
+    assert server.counters().connections == summary(result.output).connections == 1
+
+
+def test_server_ends_connections(mirror, make_build, patched_tree):
+    """After each third request, as a server with a small keepalive_requests"""
+    server = mirror(keepalive_requests=3)
+    build = make_build(patched_tree, server)
+    result = restore(build)
+    assert (result.returncode, len(build.restored())) == (0, FEW)
+    assert problems(result.output) == []
+    # It says so with the last, so that no request is sent in vain
+    counters = server.counters()
+    assert counters.requests == summary(result.output).requests == 5 * FEW
+    assert summary(result.output).connections == counters.connections <= 5 * FEW // 3 + 4
+
+
+def test_absent_objects(mirror, mirror_files, make_build, patched_tree):
+    """What the mirror does not have is known from the query, and not asked for again."""
+    server = mirror()
+    build = make_build(patched_tree, server, objects=FEW + 2)
+    # Other sizes, other hashes
+    for number in (FEW + 1, FEW + 2):
+        (build.layer / "recipes" / ("demo-%04d.bb" % number)).write_text('DEMO_SIZE = "77"\n')
+    result = restore(build)
+    assert len(build.restored()) == FEW
+    assert "Mirrors %d Missed 2" % FEW in result.output
+    counters = server.counters()
+    assert counters.statuses == {200: 5 * FEW, 404: 2}
+    assert counters.connections <= 4
+
+
+def test_multiconfigs_share(mirror, make_build, patched_tree):
+    server = mirror()
+    build = make_build(patched_tree, server, threads=8, multiconfigs=SECOND)
+    result = restore(build, "demo-all", "mc:second:demo-all")
+    assert result.returncode == 0 and problems(result.output) == []
+    assert len(build.restored()) == len(build.restored("second")) == FEW
+    assert len(build.archives()) == 2 * FEW
+    counters = server.counters()
+    assert counters.requests == 5 * 2 * FEW
+    assert summary(result.output).connections == counters.connections <= 4
+    assert summary(result.output).objects == 2 * FEW
+
+
+def test_wrong_ca(mirror, certificates, make_build, tmp_path, stock_tree, patched_tree):
+    """As stock: all objects are lost, the build ends. The user hears why."""
+    server = mirror("https", certificates=certificates)
+    other = make_certificates(tmp_path / "other").ca_file
+    ends = {}
+    for tree in (stock_tree, patched_tree):
+        build = make_build(tree, server)
+        build.environment.update(trust(other, build.home))
+        result = restore(build)
+        assert build.restored() == [] and names(build.sstate) == []
+        ends[tree.name] = result.returncode, problems(result.output)
+    assert server.requests() == []
+    assert ends["stock"][0] == ends["patched"][0]
+    assert ends["stock"][1] == []
+    assert len(ends["patched"][1]) == 1 and "certificate" in ends["patched"][1][0]
