@@ -76,34 +76,11 @@ def test_interrupted_once(held, mirror_files, make_build, patched_tree):
     assert damaged(build.sstate, mirror_files) == []
 
 
-def test_interrupted_twice(held, mirror_files, make_build, patched_tree):
+def interrupted_twice(hold, build, what):
     """Nothing is waited for: the mirror does not answer before the build has ended."""
-    hold, server = held()
-    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
     running = started(build)
     try:
-        wait_until(lambda: len(hold.waiting) == 2, "two tasks wait for their object")
-        interrupt(running, build, "stateShutdown")
-        interrupt(running, build, "stateForceShutdown")
-        result = running.wait(SECONDS)
-        assert not hold._released.is_set()
-    finally:
-        running.kill()
-    assert result.returncode != 0 and result.left == 0
-    assert build.restored() == [] and len(hold.waiting) == 2
-    assert damaged(build.sstate, mirror_files) == []
-
-
-def test_interrupted_query(held, make_build, patched_tree):
-    """
-    Twice, as one Ctrl-C lets the query end, in stock too. It may start a task yet, and kills it.
-    The mirror does not answer before the build has ended.
-    """
-    hold, server = held("HEAD")
-    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
-    running = started(build)
-    try:
-        wait_until(lambda: len(hold.waiting) == 2, "the query waits")
+        wait_until(lambda: len(hold.waiting) == 2, what)
         interrupt(running, build, "stateShutdown")
         interrupt(running, build, "stateForceShutdown")
         result = running.wait(SECONDS)
@@ -112,6 +89,21 @@ def test_interrupted_query(held, make_build, patched_tree):
         running.kill()
     assert result.returncode != 0 and result.left == 0
     assert build.restored() == []
+
+
+def test_interrupted_twice(held, mirror_files, make_build, patched_tree):
+    hold, server = held()
+    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
+    interrupted_twice(hold, build, "two tasks wait for their object")
+    assert len(hold.waiting) == 2
+    assert damaged(build.sstate, mirror_files) == []
+
+
+def test_interrupted_query(held, make_build, patched_tree):
+    """Twice, as one Ctrl-C lets the query end, in stock too. It may start a task yet, and kills it."""
+    hold, server = held("HEAD")
+    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
+    interrupted_twice(hold, build, "the query waits")
 
 
 def test_resident_server(mirror, make_build, stock_tree, patched_tree):
