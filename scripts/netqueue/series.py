@@ -28,8 +28,9 @@ from netqueue.git import GitError, git
 
 PARTS = ("bitbake", "openembedded-core")
 
-# The part of bitbake that the PyPI package holds.
+# The part of bitbake that the PyPI package holds, but for the data of a test which it leaves out.
 PLAIN = "lib/bb/"
+UNPACKAGED = "lib/bb/tests/runqueue-tests/"
 
 _SECTION = re.compile(r"^diff --git ", re.MULTILINE)
 _HEADER = re.compile(r"^diff --git a/(?P<path>.+) b/(?P=path)\n")
@@ -82,10 +83,15 @@ class Patch:
 
     def diff(self, prefix=""):
         """The diff of the files whose paths start with prefix; empty if there are none."""
-        return "".join(section.text for section in self.sections if section.path.startswith(prefix))
+        return "".join(section.text for section in self.sections if is_below(section.path, prefix))
 
     def paths(self, prefix=""):
-        return [section.path for section in self.sections if section.path.startswith(prefix)]
+        return [section.path for section in self.sections if is_below(section.path, prefix)]
+
+
+def is_below(path, prefix):
+    """Whether path starts with prefix; with PLAIN also whether the package has such files."""
+    return path.startswith(prefix) and not (prefix == PLAIN and path.startswith(UNPACKAGED))
 
 
 def parse_patch(name, text):

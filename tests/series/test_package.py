@@ -14,7 +14,7 @@ import pytest
 from netqueue import ROOT
 from netqueue.export import export_overlay, export_series
 from netqueue.git import git
-from netqueue.series import PLAIN, apply_to_plain_tree, load_series, parse_patch
+from netqueue.series import PLAIN, apply_to_plain_tree, is_below, load_series, parse_patch
 from netqueue.trees import LAUNCHERS
 from series.synthetic import commit, files
 
@@ -60,7 +60,7 @@ def test_round_trip(tree):
         assert name[5:] == Path(patch.name).name[5:]
         again = parse_patch(name, content.decode("utf-8", "surrogateescape"))
         assert again.header == patch.header
-        wanted = [section for section in patch.sections if section.path.startswith(PLAIN)]
+        wanted = [section for section in patch.sections if is_below(section.path, PLAIN)]
         assert [section.path for section in again.sections] == [section.path for section in wanted]
         for one, two in zip(again.sections, wanted):
             if one.path in DIFFERENT:
@@ -73,7 +73,7 @@ def test_round_trip(tree):
 
 def overlay_files():
     found = files(ROOT / "bitbake-overlay", skip=("__pycache__",))
-    return {path: entry for path, entry in found.items() if entry and path.startswith(PLAIN)}
+    return {path: entry for path, entry in found.items() if entry and is_below(path, PLAIN)}
 
 
 @needs_patches

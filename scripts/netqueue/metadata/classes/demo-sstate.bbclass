@@ -148,7 +148,7 @@ def sstate_query_mirror(tasklist, d):
         bb.event.fire(bb.event.ProcessFinished(title), d)
     return found
 
-def sstate_checkhashes(sq_data, d, siginfo=False, currentcount=0, summary=True, **kwargs):
+def sstate_checkhashes(sq_data, d, siginfo=False, currentcount=0, summary=True, presence=None, **kwargs):
     """Called by the runqueue: which of these tasks have an object, here or on a mirror?"""
     import time
     found, tasklist = set(), []
@@ -161,6 +161,9 @@ def sstate_checkhashes(sq_data, d, siginfo=False, currentcount=0, summary=True, 
         else:
             tasklist.append((tid, name))
     local = len(found)
+    if presence is not None:
+        # Stock bitbake passes none
+        presence.local(found)
     if tasklist and d.getVar("SSTATE_MIRRORS"):
         wall, cpu = time.monotonic(), time.process_time()
         found |= sstate_query_mirror(tasklist, d)

@@ -1,0 +1,154 @@
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+"""
+The semaphore of tasks that use the network.
+
+BB_NUMBER_NETWORK_THREADS is how many tasks may hold the network at the same
+time, over normal and setscene tasks and over all multiconfigs. The runqueue
+makes one NetworkSlots object for a build, and asks it before it starts a task.
+All state belongs to the runqueue's thread; there is no lock.
+
+A setscene task takes a slot if it has [network] and its object is not local. A
+normal task takes one if it has [network] and no setscene variant: sstate.bbclass
+gives [network] to every task that has one, for it to report to the hash
+equivalence server. So a task id stands either for its setscene variant here, or
+for itself.
+
+This starts no task and does not order them: the scheduler does, among those
+that remove_waiting() leaves. Without a limit it does nothing at all.
+
+    slots = NetworkSlots(d, presence)       # fatal error if the variable is invalid
+    slots.find_tasks(rqdata)
+    ...
+    slots.remove_waiting(buildable, runs)   # for the scheduler
+    if slots.acquire(tid):
+        ...                                 # the task is handed to the worker
+    slots.release(tid)                      # when it has ended, however that was
+"""
+
+import logging
+
+import bb
+
+logger = logging.getLogger("BitBake.RunQueue")
+
+
+def limit_from(d):
+    """
+    BB_NUMBER_NETWORK_THREADS as a number, None if there is no limit.
+
+    Raises ValueError with one line that names the variable, its value and what
+    is allowed.
+    """
+    value = (d.getVar("BB_NUMBER_NETWORK_THREADS") or "").strip()
+    if not value:
+        return None
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise ValueError('Invalid BB_NUMBER_NETWORK_THREADS = "%s", allowed is a number of tasks, 1 or more' % value)
+    return int(value)
+
+def network_tasks(rqdata):
+    """Yield (tid, True if its setscene variant is meant) for each task that needs a slot"""
+    for tid in rqdata.runtaskentries:
+        (mc, _, taskname, taskfn) = bb.runqueue.split_tid_mcfn(tid)
+        setscene = tid + "_setscene" in rqdata.taskData[mc].taskentries
+        # Caches of other versions don't have the flag
+        flags = rqdata.dataCaches[mc].task_deps[taskfn].get("network", {})
+        try:
+            network = bb.utils.to_boolean(flags.get(taskname + "_setscene" if setscene else taskname))
+        except ValueError:
+            # It fails in the worker, which reads the flag too
+            network = True
+        if network:
+            yield tid, setscene
+
+
+class NetworkSlots:
+    """
+    Who holds the network. All methods return at once.
+
+    limit   how many slots there are, None if there is no limit
+    peak    the largest number of slots that were held at the same time
+    """
+
+    def __init__(self, d, presence):
+        try:
+            self.limit = limit_from(d)
+        except ValueError as e:
+            bb.fatal(str(e))
+        self.peak = 0
+        self._presence = presence
+        self._tasks = set()
+        self._setscene = set()
+        self._held = set()
+        # Tasks that could start if they had a slot: a memory, as with thousands of
+        # tasks that is too much to find out whenever the next one is looked for
+        self._waiting = set()
+        self._told = set()
+
+    def find_tasks(self, rqdata):
+        """Look up which tasks of the build need a slot"""
+        if self.limit is not None:
+            for tid, setscene in network_tasks(rqdata):
+                (self._setscene if setscene else self._tasks).add(tid)
+
+    @property
+    def used(self):
+        return len(self._held)
+
+    def _full(self):
+        return self.limit is not None and len(self._held) >= self.limit
+
+    def waiting(self):
+        """The tasks of which is known that they cannot start, for lack of a slot"""
+        return self._waiting if self._full() else frozenset()
+
+    def reconsider(self):
+        """Forget who waits: after a change of hashes, who could start may not have to run any more"""
+        self._waiting.clear()
+
+    def remove_waiting(self, buildable, runs):
+        """
+        Remove the tasks that have to wait for a slot from the set buildable.
+
+        runs(tid) tells whether a task would be handed to the worker. One that
+        is covered or has a current stamp would not, so that it needs no slot.
+        """
+        if not self._full():
+            return
+        buildable.difference_update(self._waiting)
+        for tid in buildable & self._tasks:
+            if runs(tid):
+                self._wait(tid, "")
+                buildable.remove(tid)
+
+    def acquire(self, tid):
+        """Take a slot for a normal task if it needs one. False if there is none: it has to wait."""
+        return tid not in self._tasks or self._take(tid, "")
+
+    def acquire_setscene(self, tid):
+        """The same for the setscene variant of tid"""
+        return tid not in self._setscene or self._presence.is_local(tid) or self._take(tid, "_setscene")
+
+    def release(self, tid):
+        """Give back the slot of tid, if it holds one"""
+        self._held.discard(tid)
+
+    def _take(self, tid, suffix):
+        if self._full() and tid not in self._held:
+            self._wait(tid, suffix)
+            return False
+        self._waiting.discard(tid)
+        self._held.add(tid)
+        self.peak = max(self.peak, len(self._held))
+        return True
+
+    def _wait(self, tid, suffix):
+        self._waiting.add(tid)
+        if tid not in self._told:
+            self._told.add(tid)
+            logger.debug2("Task %s waits for a network slot, %d of %d are in use", tid + suffix, self.used, self.limit)

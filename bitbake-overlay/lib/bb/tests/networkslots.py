@@ -1,0 +1,267 @@
+#
+# BitBake tests for the limit on tasks that use the network
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+import random
+import types
+import unittest
+import unittest.mock
+
+import bb
+import bb.data
+import bb.networkslots
+import bb.parse
+import bb.runqueue
+from bb.networkslots import NetworkSlots, limit_from, network_tasks
+from bb.presence import Presence
+
+
+class Slots(NetworkSlots):
+    """With a limit and the tasks of a test"""
+    def __init__(self, limit, tasks=(), setscene=(), rqdata=None):
+        d = bb.data.init()
+        d.setVar("BB_NUMBER_NETWORK_THREADS", limit)
+        super().__init__(d, Presence(rqdata))
+        self._tasks.update(tasks)
+        self._setscene.update(setscene)
+
+
+class LimitTest(unittest.TestCase):
+    def test_values(self):
+        for value, limit in ((None, None), ("", None), (" ", None), ("1", 1), (" 4 ", 4), ("1000", 1000)):
+            with self.subTest(value=value):
+                d = bb.data.init()
+                if value is not None:
+                    d.setVar("BB_NUMBER_NETWORK_THREADS", value)
+                self.assertEqual(limit_from(d), limit)
+
+    def test_invalid(self):
+        for value in ("0", "-1", "four", "1.5", "1_0", "0x4", "\u0664"):
+            with self.subTest(value=value):
+                d = bb.data.init()
+                d.setVar("BB_NUMBER_NETWORK_THREADS", value)
+                with self.assertRaisesRegex(ValueError, '^Invalid BB_NUMBER_NETWORK_THREADS = "%s", allowed is .*$' % value):
+                    limit_from(d)
+                with self.assertRaises(bb.BBHandledException), self.assertLogs("BitBake", "ERROR") as logs:
+                    NetworkSlots(d, None)
+                self.assertEqual(len(logs.output), 1)
+
+
+class TasksTest(unittest.TestCase):
+    def rqdata(self, flags, mc=""):
+        """What network_tasks() looks at, for one recipe with tasks {name: value of the flag, or None}"""
+        prefix = "mc:%s:" % mc if mc else ""
+        tids = [prefix + "/r.bb:" + name for name in flags]
+        deps = {prefix + "/r.bb": {"network": {name: value for name, value in flags.items() if value is not None}}}
+        return types.SimpleNamespace(
+            runtaskentries=dict.fromkeys(tid for tid in tids if not tid.endswith("_setscene")),
+            taskData={mc: types.SimpleNamespace(taskentries=dict.fromkeys(tids))},
+            dataCaches={mc: types.SimpleNamespace(task_deps=deps)})
+
+    def test_who_needs_a_slot(self):
+        flags = {"do_fetch": "1", "do_checkuri": "yes", "do_unpack": None, "do_patch": "0", "do_broken": "maybe",
+                 # The normal task has the flag in openembedded-core as well
+                 "do_package": "1", "do_package_setscene": "1",
+                 "do_offline": "1", "do_offline_setscene": "0", "do_deploy": "1", "do_deploy_setscene": None}
+        for mc, prefix in (("", ""), ("other", "mc:other:")):
+            self.assertEqual(set(network_tasks(self.rqdata(flags, mc))), {
+                (prefix + "/r.bb:do_fetch", False), (prefix + "/r.bb:do_checkuri", False),
+                (prefix + "/r.bb:do_broken", False), (prefix + "/r.bb:do_package", True)})
+
+    def test_cache_without_the_flag(self):
+        rqdata = self.rqdata({"do_fetch": "1"})
+        del rqdata.dataCaches[""].task_deps["/r.bb"]["network"]
+        self.assertEqual(list(network_tasks(rqdata)), [])
+
+    def test_no_limit(self):
+        slots = Slots(None)
+        slots.find_tasks(None)
+        for n in range(100):
+            self.assertTrue(slots.acquire("r%s:do_fetch" % n))
+        buildable = {"a:do_fetch"}
+        slots.remove_waiting(buildable, self.fail)
+        self.assertEqual((buildable, slots.used, slots.peak), ({"a:do_fetch"}, 0, 0))
+
+
+class SlotsTest(unittest.TestCase):
+    def test_shared(self):
+        slots = Slots("2", tasks=["a:do_fetch", "mc:x:b:do_fetch"], setscene=["c:do_package"])
+        self.assertTrue(slots.acquire("a:do_fetch"))
+        self.assertTrue(slots.acquire_setscene("c:do_package"))
+        self.assertTrue(slots.acquire_setscene("c:do_package"))
+        self.assertFalse(slots.acquire("mc:x:b:do_fetch"))
+        # None of these needs a slot, the last one because of its setscene variant
+        self.assertTrue(slots.acquire("d:do_unpack"))
+        self.assertTrue(slots.acquire_setscene("d:do_package"))
+        self.assertTrue(slots.acquire("c:do_package"))
+        slots.release("d:do_unpack")
+        self.assertFalse(slots.acquire("mc:x:b:do_fetch"))
+        slots.release("a:do_fetch")
+        slots.release("a:do_fetch")
+        self.assertTrue(slots.acquire("mc:x:b:do_fetch"))
+        self.assertFalse(slots.acquire("a:do_fetch"))
+        self.assertEqual((slots.used, slots.peak), (2, 2))
+
+    def test_local(self):
+        tids = ["a:do_package", "b:do_package"]
+        rqdata = types.SimpleNamespace(runtaskentries={tid: types.SimpleNamespace(unihash="1") for tid in tids})
+        slots = Slots("1", setscene=tids, rqdata=rqdata)
+        presence = slots._presence
+        presence.local(tids[:1])
+        self.assertTrue(slots.acquire_setscene(tids[0]))
+        self.assertTrue(slots.acquire_setscene(tids[1]))
+        self.assertEqual((slots.used, slots.peak), (1, 1))
+        # Rehashed
+        rqdata.runtaskentries[tids[0]].unihash = "2"
+        self.assertFalse(slots.acquire_setscene(tids[0]))
+        presence.local(tids)
+        self.assertTrue(slots.acquire_setscene(tids[0]))
+        # Vanished
+        presence.forget(tids[:1])
+        self.assertFalse(slots.acquire_setscene(tids[0]))
+        self.assertTrue(presence.is_local(tids[1]))
+        self.assertFalse(presence.is_local("c:do_package"))
+
+    def test_remove_waiting(self):
+        tasks = ["a:do_fetch", "b:do_fetch", "c:do_fetch"]
+        slots = Slots("1", tasks=tasks)
+        asked = []
+        def runs(tid):
+            asked.append(tid)
+            return tid != "c:do_fetch"
+        def left():
+            buildable = set(tasks[1:]) | {"a:do_unpack"}
+            slots.remove_waiting(buildable, runs)
+            return buildable
+        self.assertEqual(left(), {"b:do_fetch", "c:do_fetch", "a:do_unpack"})
+        self.assertEqual(asked, [])
+        slots.acquire("a:do_fetch")
+        # c is covered, say
+        self.assertEqual(left(), {"c:do_fetch", "a:do_unpack"})
+        self.assertEqual(left(), {"c:do_fetch", "a:do_unpack"})
+        self.assertEqual(asked.count("b:do_fetch"), 1)
+        self.assertEqual(slots.waiting(), {"b:do_fetch"})
+        slots.reconsider()
+        left()
+        self.assertEqual(asked.count("b:do_fetch"), 2)
+        slots.release("a:do_fetch")
+        self.assertEqual(slots.waiting(), set())
+        self.assertIn("b:do_fetch", left())
+
+    def test_told_once(self):
+        slots = Slots("1", tasks=["a:do_fetch"], setscene=["b:do_package"])
+        slots.acquire("a:do_fetch")
+        with unittest.mock.patch.object(bb.networkslots.logger, "debug2") as debug2:
+            for _ in range(3):
+                slots.acquire_setscene("b:do_package")
+                slots.reconsider()
+        debug2.assert_called_once()
+        message, *args = debug2.call_args.args
+        self.assertIn("Task b:do_package_setscene waits for a network slot, 1 of 1 are in use", message % tuple(args))
+
+    def test_model(self):
+        """Random sequences, compared with what a plain list says"""
+        for seed in range(20):
+            with self.subTest(seed=seed):
+                self.run_model(random.Random(seed))
+
+    def run_model(self, rand):
+        limit = rand.randint(1, 6)
+        normal = ["%s:do_fetch" % n for n in range(12)]
+        setscene = ["mc:m%s:%s:do_package" % (n % 3, n) for n in range(12)]
+        free = ["%s:do_compile" % n for n in range(6)]
+        slots = Slots(str(limit), normal, setscene)
+        holders = []
+        running = []
+        done = set()
+        peak = 0
+        for _ in range(3000):
+            tid = rand.choice(normal + setscene + free)
+            what = rand.choice(("start", "start", "end", "again", "choose", "rehash"))
+            if what == "start" and tid not in running and tid not in done:
+                as_setscene = tid in setscene and rand.random() < 0.7
+                acquire = slots.acquire_setscene if as_setscene else slots.acquire
+                needs = tid in normal or as_setscene
+                may = not needs or len(holders) < limit
+                self.assertEqual(acquire(tid), may)
+                if may:
+                    running.append(tid)
+                    if needs:
+                        holders.append(tid)
+                else:
+                    self.assertIn(tid, slots.waiting())
+            elif what == "end" and running:
+                tid = rand.choice(running)
+                running.remove(tid)
+                if tid in holders:
+                    holders.remove(tid)
+                slots.release(tid)
+            elif what == "again" and tid not in running:
+                # A worker that has died, a task that is reported twice
+                slots.release(tid)
+            elif what == "rehash":
+                done = set(rand.sample(normal, rand.randint(0, 4)))
+                slots.reconsider()
+            elif what == "choose":
+                buildable = set(rand.sample(normal + free, 8)).difference(running)
+                expected = set(buildable)
+                if len(holders) == limit:
+                    expected -= set(normal) - done
+                slots.remove_waiting(buildable, lambda tid: tid not in done)
+                self.assertEqual(buildable, expected)
+            peak = max(peak, len(holders))
+            self.assertEqual(slots.used, len(holders))
+            self.assertEqual(slots.peak, peak)
+            self.assertLessEqual(slots.used, limit)
+            if len(holders) < limit:
+                self.assertFalse(slots.waiting())
+            self.assertTrue(slots.waiting().isdisjoint(holders))
+
+
+class SchedulerTest(unittest.TestCase):
+    """The schedulers' order, among the tasks that can start"""
+
+    def scheduler(self, scheduler, slots, buildable, covered=()):
+        entries = {}
+        for weight, tid in enumerate(sorted(buildable)):
+            entries[tid] = types.SimpleNamespace(weight=weight)
+        rq = types.SimpleNamespace(
+            network=slots, runq_buildable=set(buildable), runq_running=set(), runq_complete=set(), holdoff_tasks=set(),
+            tasks_covered=set(covered), tasks_notcovered=set(buildable).difference(covered), build_stamps={},
+            max_cpu_pressure=None, max_io_pressure=None, max_memory_pressure=None, max_loadfactor=None,
+            stats=types.SimpleNamespace(active=1), cfgData=bb.data.init(), can_start_task=lambda: True,
+            task_runs=lambda tid: tid not in covered)
+        siggen = types.SimpleNamespace(stampfile_mcfn=lambda taskname, fn, extrainfo: fn + taskname)
+        with unittest.mock.patch.object(bb.parse, "siggen", siggen, create=True):
+            return scheduler(rq, types.SimpleNamespace(runtaskentries=entries))
+
+    def order(self, scheduler, full, covered=()):
+        tasks = ["r%02d.bb:%s" % (n, name) for n in range(10) for name in ("do_fetch", "do_compile")]
+        slots = Slots("1", tasks=[tid for tid in tasks if tid.endswith("do_fetch")] + ["x.bb:do_fetch"])
+        sched = self.scheduler(scheduler, slots, tasks, covered)
+        if full:
+            slots.acquire("x.bb:do_fetch")
+        order = []
+        while True:
+            tid = sched.next()
+            if tid is None:
+                return order
+            order.append(tid)
+            sched.rq.runq_running.add(tid)
+            sched.rq.runq_complete.add(tid)
+
+    def test_priorities(self):
+        for scheduler in (bb.runqueue.RunQueueScheduler, bb.runqueue.RunQueueSchedulerSpeed,
+                          bb.runqueue.RunQueueSchedulerCompletion):
+            with self.subTest(scheduler=scheduler.name):
+                everything = self.order(scheduler, full=False)
+                self.assertEqual(len(everything), 20)
+                self.assertEqual(self.order(scheduler, full=True),
+                                 [tid for tid in everything if tid.endswith("do_compile")])
+                covered = ["r03.bb:do_fetch", "r07.bb:do_fetch"]
+                self.assertEqual(self.order(scheduler, full=True, covered=covered),
+                                 [tid for tid in everything if tid.endswith("do_compile") or tid in covered])
