@@ -88,6 +88,8 @@ class NetworkSlots:
         # Tasks that could start if they had a slot: a memory, as with thousands of
         # tasks that is too much to find out whenever the next one is looked for
         self._waiting = set()
+        # Likewise those which need none after all. If that is no longer so, acquire() refuses.
+        self._skippable = set()
         self._told = set()
 
     def find_tasks(self, rqdata):
@@ -110,6 +112,7 @@ class NetworkSlots:
     def reconsider(self):
         """Forget who waits: after a change of hashes, who could start may not have to run any more"""
         self._waiting.clear()
+        self._skippable.clear()
 
     def remove_waiting(self, buildable, runs):
         """
@@ -121,10 +124,12 @@ class NetworkSlots:
         if not self._full():
             return
         buildable.difference_update(self._waiting)
-        for tid in buildable & self._tasks:
+        for tid in (buildable & self._tasks) - self._skippable:
             if runs(tid):
                 self._wait(tid, "")
                 buildable.remove(tid)
+            else:
+                self._skippable.add(tid)
 
     def acquire(self, tid):
         """Take a slot for a normal task if it needs one. False if there is none: it has to wait."""
