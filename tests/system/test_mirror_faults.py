@@ -43,6 +43,15 @@ def test_gone_after_the_query(faulty_mirror, mirror_files, make_build, patched_t
     assert summary(result.output).retries == 0
 
 
+def restore_everything(build, mirror_files):
+    """The build and its result, of which nobody would say that there was a fault"""
+    result = restore(build)
+    assert result.returncode == 0 and problems(result.output) == []
+    assert build.restored() == all_but()
+    assert damaged(build.sstate, mirror_files) == []
+    return build, result
+
+
 @pytest.mark.parametrize("recipe", [SMALL, LARGE])
 def test_body_ends_early_once(recipe, faulty_mirror, mirror_files, make_build, patched_tree):
     def fault(talk, request, body):
@@ -51,11 +60,7 @@ def test_body_ends_early_once(recipe, faulty_mirror, mirror_files, make_build, p
             return CLOSE
 
     server = faulty_mirror(fault)
-    build = make_build(patched_tree, server)
-    result = restore(build)
-    assert result.returncode == 0 and problems(result.output) == []
-    assert build.restored() == all_but()
-    assert damaged(build.sstate, mirror_files) == []
+    _, result = restore_everything(make_build(patched_tree, server), mirror_files)
     assert len(server.asked("GET", recipe)) == 2
     assert not any(by_wget(request) for request in server.requests)
     assert summary(result.output).retries == 1
@@ -69,11 +74,7 @@ def test_body_ends_early_for_bitbake(faulty_mirror, mirror_files, make_build, pa
             return CLOSE
 
     server = faulty_mirror(fault)
-    build = make_build(patched_tree, server)
-    result = restore(build)
-    assert result.returncode == 0 and problems(result.output) == []
-    assert build.restored() == all_but()
-    assert damaged(build.sstate, mirror_files) == []
+    build, _ = restore_everything(make_build(patched_tree, server), mirror_files)
     by = [request for request in server.requests if by_wget(request)]
     assert [is_object(request, LARGE) for request in by] == [True]
     assert "range" not in by[0].headers

@@ -20,7 +20,7 @@ import unittest.mock
 import bb
 import bb.data
 import bb.fetch2
-from bb.connections import ConnectError, ProtocolError, RefusedError, TimedOutError, settings
+from bb.connections import ConnectError, ProtocolError, RefusedError, settings
 from bb.connections.http import HTTPConnection
 from bb.connections.request import Request
 from bb.connections import pool
