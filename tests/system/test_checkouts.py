@@ -192,10 +192,10 @@ LAYERSERIES_COMPAT_nq = "%s"
     write(layer / "recipes" / "nq-all.bb", ALL % " ".join(name + ":do_deploy" for name in names))
 
 
-def bitbake(folder, tree, oecore, layer, mirror, *arguments):
+def bitbake(folder, tree, oecore, layer, mirror, *arguments, conf=""):
     """Run bitbake in folder, made for this"""
     mirrors = "file://.* %s/PATH;downloadfilename=PATH" % mirror.url if mirror else ""
-    write(folder / "conf" / "local.conf", CONF % {"oecore": oecore, "mirrors": mirrors})
+    write(folder / "conf" / "local.conf", CONF % {"oecore": oecore, "mirrors": mirrors} + conf)
     write(folder / "conf" / "bblayers.conf",
           'BBPATH = "${TOPDIR}"\nBBFILES = ""\nBBLAYERS = "%s/meta %s"\n' % (oecore, layer))
     (folder / "home").mkdir(exist_ok=True)
@@ -217,21 +217,27 @@ def test_real_classes(bitbakes, oecores, serve_nginx, tmp_path):
     files = tmp_path / "fill" / "sstate"
     server = serve_nginx(files)
     outputs, summaries, left, counters = {}, {}, {}, {}
-    for name in ("stock", "patched"):
+    for name in ("stock", "patched", "limited"):
         server.reset()
         folder = tmp_path / name
-        result = bitbake(folder, bitbakes[name], oecores[name], layer, server, "--setscene-only", "nq-all")
+        tree = "stock" if name == "stock" else "patched"
+        result = bitbake(folder, bitbakes[tree], oecores[tree], layer, server, "--setscene-only", "nq-all",
+                         conf='BB_NUMBER_NETWORK_THREADS = "2"\n' if name == "limited" else "")
         outputs[name] = result.output
         counters[name] = server.counters()
         summaries[name] = re.findall(r"^(?:.*\.\.\.)?(Sstate summary: .*)$", result.output, re.MULTILINE)
         # The class touches what it unpacks
         left[name] = {path: (entry.mode, entry.digest) for path, entry in snapshot(folder / "sstate").items()}
     assert len(summaries["stock"]) == 1 and "Missed 0" in summaries["stock"][0]
-    assert summaries["patched"] == summaries["stock"]
-    assert len(left["stock"]) > RECIPES and left["patched"] == left["stock"]
-    assert damaged(tmp_path / "patched" / "sstate", files) == []
-    # They name the folder of the layer
-    assert len(problems(outputs["patched"])) == len(problems(outputs["stock"]))
+    assert len(left["stock"]) > RECIPES
     assert counters["stock"].connections > 3 * RECIPES
-    assert summary(outputs["patched"]).connections == counters["patched"].connections <= 4
-    assert summary(outputs["patched"]).requests == counters["patched"].requests
+    for name in ("patched", "limited"):
+        assert summaries[name] == summaries["stock"]
+        assert left[name] == left["stock"]
+        assert damaged(tmp_path / name / "sstate", files) == []
+        # They name the folder of the layer
+        assert len(problems(outputs[name])) == len(problems(outputs["stock"]))
+        assert summary(outputs[name]).connections == counters[name].connections <= 4
+        assert summary(outputs[name]).requests == counters[name].requests
+    assert "Network tasks" not in outputs["patched"]
+    assert "NOTE: Network tasks: at most 2 of 2 at a time" in outputs["limited"]

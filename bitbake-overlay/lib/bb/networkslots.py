@@ -91,23 +91,34 @@ class NetworkSlots:
         # Likewise those which need none after all. If that is no longer so, acquire() refuses.
         self._skippable = set()
         self._told = set()
+        # Tasks with the same stamp, in multiconfigs that share it: once one has run, the others don't
+        self._twins = {}
 
     def find_tasks(self, rqdata):
         """Look up which tasks of the build need a slot"""
         if self.limit is not None:
+            stamps = {}
             for tid, setscene in network_tasks(rqdata):
                 (self._setscene if setscene else self._tasks).add(tid)
+                if len(rqdata.dataCaches) > 1:
+                    (_, _, taskname, taskfn) = bb.runqueue.split_tid_mcfn(tid)
+                    stamp = bb.parse.siggen.stampfile_mcfn(taskname, taskfn, extrainfo=False)
+                    stamps.setdefault(stamp, []).append(tid)
+            for tids in stamps.values():
+                if len(tids) > 1:
+                    self._twins.update((tid, tids) for tid in tids)
 
     @property
     def used(self):
         return len(self._held)
 
-    def _full(self):
+    def full(self):
+        """Whether a task that needs a slot would have to wait"""
         return self.limit is not None and len(self._held) >= self.limit
 
     def waiting(self):
         """The tasks of which is known that they cannot start, for lack of a slot"""
-        return self._waiting if self._full() else frozenset()
+        return self._waiting if self.full() else frozenset()
 
     def reconsider(self):
         """Forget who waits: after a change of hashes, who could start may not have to run any more"""
@@ -121,7 +132,7 @@ class NetworkSlots:
         runs(tid) tells whether a task would be handed to the worker. One that
         is covered or has a current stamp would not, so that it needs no slot.
         """
-        if not self._full():
+        if not self.full():
             return
         buildable.difference_update(self._waiting)
         for tid in (buildable & self._tasks) - self._skippable:
@@ -140,11 +151,12 @@ class NetworkSlots:
         return tid not in self._setscene or self._presence.is_local(tid) or self._take(tid, "_setscene")
 
     def release(self, tid):
-        """Give back the slot of tid, if it holds one"""
+        """Give back the slot of tid, if it holds one: it has ended"""
         self._held.discard(tid)
+        self._waiting.difference_update(self._twins.get(tid, ()))
 
     def _take(self, tid, suffix):
-        if self._full() and tid not in self._held:
+        if self.full() and tid not in self._held:
             self._wait(tid, suffix)
             return False
         self._waiting.discard(tid)

@@ -106,6 +106,25 @@ class SlotsTest(unittest.TestCase):
         self.assertFalse(slots.acquire("a:do_fetch"))
         self.assertEqual((slots.used, slots.peak), (2, 2))
 
+    def test_twins(self):
+        # Two multiconfigs that share a stamp, and one that doesn't: who waits only for the other does so no more
+        fns = ["/r.bb", "mc:x:/r.bb", "mc:y:/r.bb"]
+        deps = {fn: {"network": {"do_fetch": "1"}} for fn in fns}
+        rqdata = types.SimpleNamespace(
+            runtaskentries=dict.fromkeys(fn + ":do_fetch" for fn in fns),
+            taskData={mc: types.SimpleNamespace(taskentries=()) for mc in ("", "x", "y")},
+            dataCaches={mc: types.SimpleNamespace(task_deps={fn: deps[fn]}) for mc, fn in zip(("", "x", "y"), fns)})
+        stampfile = lambda taskname, taskfn, extrainfo: ("y" if "mc:y" in taskfn else "") + taskname
+        slots = Slots("1", tasks=["a:do_fetch"])
+        with unittest.mock.patch.object(bb.parse, "siggen", types.SimpleNamespace(stampfile_mcfn=stampfile), create=True):
+            slots.find_tasks(rqdata)
+        tids = list(rqdata.runtaskentries)
+        self.assertTrue(slots.acquire(tids[0]))
+        self.assertFalse(slots.acquire(tids[1]) or slots.acquire(tids[2]))
+        slots.release(tids[0])
+        self.assertTrue(slots.acquire("a:do_fetch"))
+        self.assertEqual(slots.waiting(), {tids[2]})
+
     def test_local(self):
         tids = ["a:do_package", "b:do_package"]
         rqdata = types.SimpleNamespace(runtaskentries={tid: types.SimpleNamespace(unihash="1") for tid in tids})
