@@ -72,3 +72,11 @@ def wait_until(condition, what):
             return
         tick.wait(0.005)
     raise AssertionError("still not so: " + what)
+
+
+def exchange_one(connection, request):
+    """Send request, and return the Response to it."""
+    connection.send([request])
+    (answered, response, _), = connection.receive()
+    assert answered is request
+    return response

@@ -39,7 +39,7 @@ class Build:
         self.d.setVar("HOME", str(folder))
         self.d.setVar("BB_WORKERCONTEXT", "1")
         self.d.setVar("BB_CURRENTTASK", "populate_sysroot_setscene")
-        self.d.setVar(server.ADDRESS, address)
+        self.d.setVar(bb.connections.ADDRESS, address)
         programs = folder / "bin"
         programs.mkdir()
         wget = programs / "wget"

@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The pool's queue, limits, pauses and breaker, over connections that are only pretended."""
 
+import collections
 import threading
 
 import pytest
 
-from bb.connections import ConnectError, ProtocolError, RefusedError, StatusError, TimedOutError
-from bb.connections import pool as pool_module
-from bb.connections.http import Cancelled, Disconnected, Response
-from bb.connections.pool import ATTEMPTS, TIMEOUT_ATTEMPTS, Pool
+from bb.connections import (Cancelled, ConnectError, Disconnected, ProtocolError, RefusedError, StatusError,
+                            TimedOutError)
+from bb.connections import host as host_module
+from bb.connections.request import Response
+from bb.connections.host import ATTEMPTS, TIMEOUT_ATTEMPTS
+from bb.connections.pool import Pool
 from support.asking import Asked, ask_all, wait_until
 
 URL = "http://mirror.example/x"
@@ -17,12 +20,14 @@ URL = "http://mirror.example/x"
 
 class Mirror:
     """What the pretended connections are connected to, and their class."""
+    serial = False
+    trial = True
 
     def __init__(self):
         self.answer = lambda request: Response(200, {}, 0)
         self.connecting = lambda: None
         self.lock = threading.Lock()
-        self.open = self.peak = self.made = self.aborted = 0
+        self.open = self.peak = self.made = self.aborted = self.flying = 0
         self.urls = []
 
     def __call__(self, origin, route, timeout):
@@ -34,6 +39,9 @@ class PretendedConnection:
         self.mirror = mirror
         self.route = route
         self.reusable = False
+        self.in_flight = collections.deque()
+        self.served = 0
+        self.error = None
         self._open = False
 
     def connect(self):
@@ -45,13 +53,18 @@ class PretendedConnection:
             self.mirror.peak = max(self.mirror.peak, self.mirror.open)
         self.reusable = True
 
-    def exchange(self, request):
+    def send(self, requests):
+        self.in_flight.extend(requests)
         with self.mirror.lock:
-            self.mirror.urls.append(request.url)
-        answer = self.mirror.answer(request)
+            self.mirror.urls += [request.url for request in requests]
+            self.mirror.flying = max(self.mirror.flying, len(self.in_flight))
+
+    def receive(self):
+        answer = self.mirror.answer(self.in_flight[0])
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        self.served += 1
+        return [(self.in_flight.popleft(), answer, None)]
 
     def close(self):
         with self.mirror.lock:
@@ -70,9 +83,9 @@ def mirror():
 
 @pytest.fixture
 def pool(mirror, monkeypatch):
-    monkeypatch.setattr(pool_module, "PAUSE", 0.005)
-    monkeypatch.setattr(pool_module, "BREAKER_PAUSE", 60)
-    made = Pool(4, connection_class=mirror)
+    monkeypatch.setattr(host_module, "PAUSE", 0.005)
+    monkeypatch.setattr(host_module, "BREAKER_PAUSE", 60)
+    made = Pool(4, classes={"http": mirror, "https": mirror})
     yield made
     assert made.stop()
 
@@ -270,7 +283,7 @@ def test_timeouts_open_the_breaker_too(pool, mirror):
 
 def test_connections_rise_again_without_a_new_request(pool, mirror, monkeypatch):
     """A query is queued as a whole, so the queue and not submit() has to bring the threads back."""
-    monkeypatch.setattr(pool_module, "RISE_AFTER", 4)
+    monkeypatch.setattr(host_module, "RISE_AFTER", 4)
     gate = threading.Event()
     mirror.answer = in_turn(RefusedError("busy"), Response(200, {}, 0))
     first = Asked("HEAD", URL)
@@ -294,7 +307,7 @@ def test_connections_rise_again_without_a_new_request(pool, mirror, monkeypatch)
 
 
 def test_idle_connections_are_closed_and_opened_again(pool, mirror, monkeypatch):
-    monkeypatch.setattr(pool_module, "IDLE", 0.02)
+    monkeypatch.setattr(host_module, "IDLE", 0.02)
     for made in (1, 2):
         asked = Asked("HEAD", URL)
         pool.submit(asked.request)
@@ -318,7 +331,7 @@ def test_cancelled_request_is_not_sent(pool, mirror):
 
 
 def test_stop_ends_all_that_wait_once(mirror):
-    pool = Pool(2, connection_class=mirror)
+    pool = Pool(2, classes={"http": mirror, "https": mirror})
     gate = threading.Event()
     under_way = threading.Barrier(3)
 
@@ -341,7 +354,7 @@ def test_stop_ends_all_that_wait_once(mirror):
 
 
 def test_stop_says_so_if_a_thread_is_left(mirror):
-    pool = Pool(1, connection_class=mirror)
+    pool = Pool(1, classes={"http": mirror, "https": mirror})
     gate = threading.Event()
     mirror.answer = lambda request: gate.wait(10) and Response(200, {}, 0)
     asked = Asked("HEAD", URL)
@@ -357,4 +370,4 @@ def test_redirects_have_an_end(pool, mirror):
     asked = Asked("HEAD", URL)
     pool.submit(asked.request)
     assert asked.error().status == 302
-    assert len(mirror.urls) == pool_module.MAX_REDIRECTS + 1
+    assert len(mirror.urls) == host_module.MAX_REDIRECTS + 1

@@ -11,7 +11,7 @@ import bb.data
 import pytest
 
 from bb import connections
-from bb.connections import http
+from bb.connections import request
 from bb.connections.server import Connections
 
 
@@ -23,7 +23,7 @@ def datastore(**variables):
 
 
 def test_defaults():
-    assert connections.settings(datastore()) == (True, 4, 1)
+    assert connections.settings(datastore()) == (True, 4, 64, 1, ["mirror"], 64)
 
 
 @pytest.mark.parametrize("value, enabled", [("", True), ("0", False), ("1", True)])
@@ -45,6 +45,12 @@ def test_maximum(value):
     ("BB_CONNECTION_CACHE_MAX", "4.0", ["1", "64"]),
     ("BB_CONNECTION_CACHE_MAX", "four", ["1", "64"]),
     ("BB_CONNECTION_CACHE_MAX", "\u0664", ["1", "64"]),
+    ("BB_CONNECTION_CACHE_DEPTH", "0", ["1", "1024"]),
+    ("BB_CONNECTION_CACHE_DEPTH", "1025", ["1", "1024"]),
+    ("BB_SETSCENE_PREFETCH", "-1", ["0", "1024"]),
+    ("BB_SETSCENE_PREFETCH", "many", ["0", "1024"]),
+    ("BB_SETSCENE_PRESENCE", "hashserv", ["mirror", "hashserv mirror"]),
+    ("BB_SETSCENE_PRESENCE", "mirror hashserv", ["mirror", "hashserv mirror"]),
 ])
 def test_invalid_value_is_one_line_and_ends_the_build(name, value, allowed, caplog):
     d = datastore(**{name: value})
@@ -55,7 +61,7 @@ def test_invalid_value_is_one_line_and_ends_the_build(name, value, allowed, capl
     for part in [name, '"%s"' % value] + allowed:
         assert part in message
     with pytest.raises(bb.BBHandledException):
-        Connections(types.SimpleNamespace(extraconfigdata={}), d)
+        Connections(types.SimpleNamespace(extraconfigdata={}), d).start(needed=False)
 
 
 def test_threads_that_are_no_number_are_not_ours_to_complain_about():
@@ -64,7 +70,7 @@ def test_threads_that_are_no_number_are_not_ours_to_complain_about():
 
 @pytest.mark.parametrize("error", [
     connections.ConnectError("no", retryable=False), connections.RefusedError("busy", 7.0),
-    connections.StatusError("strange", 418), connections.ProtocolError("broken"), http.Cancelled("over"),
+    connections.StatusError("strange", 418), connections.ProtocolError("broken"), connections.Cancelled("over"),
 ])
 def test_errors_survive_pickling(error):
     copy = pickle.loads(pickle.dumps(error))
@@ -79,17 +85,17 @@ def test_errors_survive_pickling(error):
     ("soon", None), ("-5", None), ("", None), ("\u0667", None),
 ])
 def test_retry_after(value, seconds):
-    assert http.retry_after({"retry-after": value}) == seconds
+    assert request.retry_after({"retry-after": value}) == seconds
 
 
 def test_retry_after_date():
     value = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
-    assert 90 < http.retry_after({"retry-after": value}) <= 100
-    assert http.retry_after({}) is None
+    assert 90 < request.retry_after({"retry-after": value}) <= 100
+    assert request.retry_after({}) is None
 
 
 def test_last_modified():
-    assert http.last_modified({"last-modified": "Tue, 07 Jul 2020 07:07:07 GMT"}) == 1594105627
+    assert request.last_modified({"last-modified": "Tue, 07 Jul 2020 07:07:07 GMT"}) == 1594105627
     for value in ("yesterday", "", "Tue, 99 Jul 2020 07:07:07 GMT"):
-        assert http.last_modified({"last-modified": value}) is None
-    assert http.last_modified({}) is None
+        assert request.last_modified({"last-modified": value}) is None
+    assert request.last_modified({}) is None

@@ -20,7 +20,7 @@ import bb
 import bb.data
 import pytest
 
-from bb.connections import client, pool as pool_module, server
+from bb.connections import client, host as host_module, server
 from bb.connections.pool import Pool
 from bb.connections.server import Connections
 from netqueue.certificates import make_certificates
@@ -45,8 +45,8 @@ def peer():
 @pytest.fixture
 def quick(monkeypatch):
     """Pauses that are as long as a test may wait"""
-    monkeypatch.setattr(pool_module, "PAUSE", 0.02)
-    monkeypatch.setattr(pool_module, "BREAKER_PAUSE", 0.05)
+    monkeypatch.setattr(host_module, "PAUSE", 0.02)
+    monkeypatch.setattr(host_module, "BREAKER_PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def start(quick):
     yield make
     for connections in made:
         connections.stop()
-    assert server.current() is None
+    assert bb.connections.current() is None
     assert not [t for t in threading.enumerate() if t.name.startswith("connection") and t not in before]
 
 
@@ -113,7 +113,7 @@ def connections(start):
 def task_connections(start, monkeypatch):
     """As in a task's process: there is a server, but not here"""
     made = start()
-    monkeypatch.setattr(server, "_current", None)
+    monkeypatch.setattr(bb.connections, "_current", None)
     monkeypatch.setattr(client, "_client", None)
     yield made
     if client._client and client._client._sock:

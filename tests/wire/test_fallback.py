@@ -9,6 +9,7 @@ import threading
 import types
 
 import bb
+import bb.connections
 import bb.data
 import bb.fetch2
 import pytest
@@ -131,8 +132,8 @@ def test_slow_mirror_is_not_a_server_that_hangs(build, peer, monkeypatch, start)
         assert heard.wait(10)
         talk.send(b"full")
         talk.wait_closed()
-    build.d.setVar(server.ADDRESS, start().address)
-    monkeypatch.setattr(server, "_current", None)
+    build.d.setVar(bb.connections.ADDRESS, start().address)
+    monkeypatch.setattr(bb.connections, "_current", None)
     build.fetch(peer(script).url())
     assert build.read() == b"halffull"
     assert build.wget_calls() == []
@@ -165,7 +166,7 @@ def test_server_is_killed_in_the_body(build, peer, warnings):
         os.kill(child, signal.SIGKILL)
         talk.wait_closed()
     child, address = serve_in_child()
-    build.d.setVar(server.ADDRESS, address)
+    build.d.setVar(bb.connections.ADDRESS, address)
     try:
         build.fetch(peer(script).url())
     finally:
@@ -179,7 +180,7 @@ def test_server_is_killed_in_the_body(build, peer, warnings):
 def test_server_is_killed_while_a_task_waits(build, peer):
     mirror = peer(peers.hangs)
     child, address = serve_in_child()
-    build.d.setVar(server.ADDRESS, address)
+    build.d.setVar(bb.connections.ADDRESS, address)
     killer = threading.Thread(target=lambda: (mirror.wait_for(lambda p: p.requests), os.kill(child, signal.SIGKILL)))
     killer.start()
     ud = bb.fetch2.Fetch([mirror.url()], build.d, cache=False).ud[mirror.url()]
@@ -242,7 +243,7 @@ HELLO = b'{"hello": 1}'
 ])
 def test_what_is_no_server_of_ours(build, mirror, warnings, script, requests):
     stranger = Stranger(script)
-    build.d.setVar(server.ADDRESS, stranger.address)
+    build.d.setVar(bb.connections.ADDRESS, stranger.address)
     build.fetch(mirror.url())
     stranger.close()
     assert len(stranger.heard) == requests
@@ -261,7 +262,7 @@ def test_what_is_no_server_of_ours(build, mirror, warnings, script, requests):
 def test_answer_without_the_file(build, mirror, answer):
     """Whatever the server says, the bytes have to be there"""
     stranger = Stranger([HELLO, answer])
-    build.d.setVar(server.ADDRESS, stranger.address)
+    build.d.setVar(bb.connections.ADDRESS, stranger.address)
     build.fetch(mirror.url())
     client._client._sock.close()
     stranger.close()
@@ -271,7 +272,7 @@ def test_answer_without_the_file(build, mirror, answer):
 
 @pytest.mark.parametrize("address", ["", "nonsense", "0", ":", "12345678:bitbake-none"])
 def test_address_that_is_none(build, mirror, address):
-    build.d.setVar(server.ADDRESS, address)
+    build.d.setVar(bb.connections.ADDRESS, address)
     build.fetch(mirror.url())
     assert fetched_by_wget(build)
 
@@ -279,7 +280,7 @@ def test_address_that_is_none(build, mirror, address):
 def test_socket_of_another_user(build, mirror, task_connections, warnings):
     """Who could take the name once the server is gone"""
     _, _, name = task_connections.address.partition(":")
-    build.d.setVar(server.ADDRESS, "%s:%s" % (os.geteuid() + 1, name))
+    build.d.setVar(bb.connections.ADDRESS, "%s:%s" % (os.geteuid() + 1, name))
     build.fetch(mirror.url())
     assert fetched_by_wget(build)
     assert mirror.connections == 0
@@ -296,7 +297,7 @@ def test_url_that_is_too_long_for_a_message(build, mirror, warnings):
 def test_query_ends_with_the_build(build, peer, task_connections, monkeypatch):
     """The presence query in the server does not wait for a mirror that hangs when the pool is stopped"""
     mirror = peer(peers.hangs)
-    monkeypatch.setattr(server, "_current", task_connections)
+    monkeypatch.setattr(bb.connections, "_current", task_connections)
     build.d.delVar("BB_WORKERCONTEXT")
     ud = bb.fetch2.Fetch([mirror.url()], build.d, cache=False).ud[mirror.url()]
     found = []

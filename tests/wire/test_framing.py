@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from bb.connections import ProtocolError, StatusError, TimedOutError, http
-from bb.connections.http import Cancelled, Disconnected, HTTPConnection
-from support.asking import Asked
+from bb.connections import Cancelled, Disconnected, ProtocolError, StatusError, TimedOutError, http
+from bb.connections.http import HTTPConnection
+from support.asking import Asked, exchange_one
 from wire import peers
 from wire.peers import raw
 
@@ -24,7 +24,7 @@ def exchange(peer, method="GET", timeout=10, requests=1):
             asked.raised = None
             made.append(asked)
             try:
-                asked.response = connection.exchange(asked.request)
+                asked.response = exchange_one(connection, asked.request)
             except Exception as e:
                 asked.raised = e
                 break
@@ -178,11 +178,11 @@ def test_answer_that_nobody_asked_for_is_not_the_next(peer):
     there = peer(script)
     connection = HTTPConnection(Asked("HEAD", there.url()).request.origin, Asked("HEAD", there.url()).request.route)
     connection.connect()
-    assert connection.exchange(Asked("GET", there.url()).request).status == 200
+    assert exchange_one(connection, Asked("GET", there.url()).request).status == 200
     answered.set()
     assert sent.wait(10)
     with pytest.raises(ProtocolError):
-        connection.exchange(Asked("HEAD", there.url("/2")).request)
+        exchange_one(connection, Asked("HEAD", there.url("/2")).request)
     connection.close()
 
 
@@ -247,7 +247,7 @@ def test_abort_ends_an_exchange(peer):
     connection.connect()
     threading.Thread(target=lambda: (there.wait_for(lambda p: p.requests), connection.abort())).start()
     with pytest.raises(ProtocolError):
-        connection.exchange(Asked("HEAD", there.url()).request)
+        exchange_one(connection, Asked("HEAD", there.url()).request)
     connection.close()
 
 
@@ -263,7 +263,7 @@ def test_cancelled_in_the_body(peer):
     connection = HTTPConnection(asked.request.origin, asked.request.route)
     connection.connect()
     with pytest.raises(Cancelled):
-        connection.exchange(asked.request)
+        exchange_one(connection, asked.request)
     connection.close()
 
 
@@ -271,7 +271,7 @@ def test_what_is_sent(peer):
     there = peer(peers.keep_alive)
     connection = HTTPConnection(Asked("HEAD", there.url()).request.origin, Asked("HEAD", there.url()).request.route)
     connection.connect()
-    connection.exchange(Asked("HEAD", there.url("/a%3Ab?c=d"), authorization="Basic eA==").request)
+    exchange_one(connection, Asked("HEAD", there.url("/a%3Ab?c=d"), authorization="Basic eA==").request)
     connection.close()
     request = there.requests[0]
     assert (request.method, request.target) == ("HEAD", "/a%3Ab?c=d")

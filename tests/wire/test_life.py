@@ -6,6 +6,7 @@ import os
 import threading
 
 import bb
+import bb.connections
 import bb.utils
 import pytest
 
@@ -33,7 +34,7 @@ def test_stop_answers_who_waits(start, peer, file):
     connections = start()
     with Task(connections.address) as idle, Task(connections.address) as waiting:
         for i in range(6):
-            waiting.ask(i, "GET" if i == 0 else "HEAD", mirror.url(), *([file.fileno()] if i == 0 else []))
+            waiting.ask(i, "GET" if i == 0 else "HEAD", mirror.url("/%s" % i), *([file.fileno()] if i == 0 else []))
         mirror.wait_for(lambda p: len(p.requests) == 4)
         connections.stop()
         answers = {}
@@ -62,7 +63,7 @@ def test_nothing_is_left_of_a_build(start, peer, file):
     wait_until(lambda: threading.active_count() <= threads + len(mirror._threads), "threads have ended")
     # Those of the peer's own accepted connection are closed by its thread
     wait_until(lambda: sorted(descriptors()) == links, "descriptors are closed")
-    assert server.current() is None
+    assert bb.connections.current() is None
 
 
 def test_report(start, peer, file, caplog):
@@ -80,7 +81,7 @@ def test_report(start, peer, file, caplog):
     lines = [r.getMessage() for r in caplog.records if "Sstate network" in r.getMessage()]
     assert len(lines) == 1
     assert lines[0].startswith("Sstate network: 2 objects, 0.0 MiB in ")
-    assert lines[0].endswith(" s, 4 requests over 1 connections (0 retries, 0 refusals)")
+    assert lines[0].endswith(" s, 3 requests over 1 connections (0 retries, 0 refusals)")
 
 
 def test_trouble_is_told_once_a_host(start, caplog):
@@ -98,10 +99,10 @@ def test_trouble_is_told_once_a_host(start, caplog):
 def test_stop_of_a_server_that_ends(start, peer):
     connections = start()
     asked = ask_in_process(connections, peer(peers.hangs).url())
-    assert server.current() is connections.pool
+    assert bb.connections.current() is connections.memory
     server.stop()
     assert asked.error().kind == "cancelled"
-    assert server.current() is None
+    assert bb.connections.current() is None
     server.stop()
 
 
@@ -140,7 +141,7 @@ def test_forked_child_has_nothing_of_it(start, peer, file):
 
         # Locks that are held at the fork stay held in the child, which must not need them
         with connections.pool._lock, connections.pool._hosts[asked.request.origin]._cond:
-            current, links = in_child(lambda: (server.current(), descriptors()))
+            current, links = in_child(lambda: (bb.connections.current(), descriptors()))
         assert current is None
         assert not shared & set(links)
         assert not [one for one in links if "eventpoll" in one]

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from bb.connections import pool as pool_module
+from bb.connections import host as host_module
 from bb.connections.pool import Pool
 from support.asking import ask_all
 
@@ -54,8 +54,8 @@ def moody(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_moody_server(peer, monkeypatch, seed):
-    monkeypatch.setattr(pool_module, "PAUSE", 0.002)
-    monkeypatch.setattr(pool_module, "BREAKER_PAUSE", 0.01)
+    monkeypatch.setattr(host_module, "PAUSE", 0.002)
+    monkeypatch.setattr(host_module, "BREAKER_PAUSE", 0.01)
     there = peer(moody(seed))
     pool = Pool(4, timeout=10)
     asked = ask_all(pool, "GET", [there.url("/%s" % i) for i in range(300)])

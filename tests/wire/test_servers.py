@@ -9,8 +9,9 @@ import time
 import pytest
 
 from bb.connections import ConnectError, ProtocolError, StatusError
-from bb.connections import pool as pool_module
-from bb.connections.pool import ATTEMPTS, Pool
+from bb.connections import host as host_module
+from bb.connections.host import ATTEMPTS
+from bb.connections.pool import Pool
 from support.asking import Asked, ask_all, wait_until
 from wire import peers
 
@@ -226,7 +227,7 @@ def test_retry_after(peer, pool, status, as_date):
 
 
 def test_endless_retry_after_is_cut(peer, pool, monkeypatch):
-    monkeypatch.setattr(pool_module, "MAX_PAUSE", 0.05)
+    monkeypatch.setattr(host_module, "MAX_PAUSE", 0.05)
     there = peer(peers.with_status(503, "Retry-After: 86400"))
     assert one_by_one(pool, there, 1)[0].error().kind == "refused"
     assert len(there.requests) == ATTEMPTS
@@ -238,7 +239,7 @@ def free_port():
 
 
 def test_refused_port_then_the_server_is_back(pool, monkeypatch):
-    monkeypatch.setattr(pool_module, "BREAKER_PAUSE", 60)
+    monkeypatch.setattr(host_module, "BREAKER_PAUSE", 60)
     port = free_port()
     url = "http://127.0.0.1:%s/x" % port
     errors = [a.error() for a in ask_all(pool, "HEAD", [url] * 20)]
@@ -266,7 +267,7 @@ def test_refused_port_then_the_server_is_back(pool, monkeypatch):
 
 
 def test_idle_connection_is_closed_and_another_opened(peer, pool, monkeypatch):
-    monkeypatch.setattr(pool_module, "IDLE", 0.02)
+    monkeypatch.setattr(host_module, "IDLE", 0.02)
     there = peer(peers.keep_alive)
     for connections in (1, 2):
         assert one_by_one(pool, there, 1)[0].status() == 200

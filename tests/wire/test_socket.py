@@ -40,7 +40,7 @@ def usable(connections, mirror):
 
 
 def test_greeting(task):
-    assert task.greeting == {"hello": protocol.VERSION, "schemes": ["http", "https"]}
+    assert task.greeting == {"hello": protocol.VERSION, "schemes": ["http", "https", "sftp"]}
 
 
 def test_address_is_told_and_taken_back(start):

@@ -130,7 +130,7 @@ def test_about_to_connect(full, peer, stopped, secure):
             super().abort()
             stopping.set()
 
-    pool = Pool(1, timeout=TIMEOUT, connection_class=Late)
+    pool = Pool(1, timeout=TIMEOUT, classes={"http": Late, "https": Late})
     asked = ask_all(pool, "HEAD", [url])
     assert reached.wait(10)
     stopped(pool, asked)

@@ -21,13 +21,17 @@ for itself.
 This starts no task and does not order them: the scheduler does, among those
 that remove_waiting() leaves. Without a limit it does nothing at all.
 
-    slots = NetworkSlots(d, presence)       # fatal error if the variable is invalid
-    slots.find_tasks(rqdata)
+    slots = NetworkSlots(presence)
+    slots.prepare(d, rqdata)                # fatal error if the variable is invalid
     ...
     slots.remove_waiting(buildable, runs)   # for the scheduler
     if slots.acquire(tid):
         ...                                 # the task is handed to the worker
+    else:                                   # a scheduler that knows nothing of this has chosen it
+        slots.withhold(scheduler, tid, buildable, runs)
+    ...
     slots.release(tid)                      # when it has ended, however that was
+    slots.restore(scheduler)
 """
 
 import logging
@@ -44,12 +48,7 @@ def limit_from(d):
     Raises ValueError with one line that names the variable, its value and what
     is allowed.
     """
-    value = (d.getVar("BB_NUMBER_NETWORK_THREADS") or "").strip()
-    if not value:
-        return None
-    if not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise ValueError('Invalid BB_NUMBER_NETWORK_THREADS = "%s", allowed is a number of tasks, 1 or more' % value)
-    return int(value)
+    return bb.runqueue.number_of_tasks("BB_NUMBER_NETWORK_THREADS", d.getVar("BB_NUMBER_NETWORK_THREADS"))
 
 def network_tasks(rqdata):
     """Yield (tid, True if its setscene variant is meant) for each task that needs a slot"""
@@ -71,16 +70,15 @@ class NetworkSlots:
     """
     Who holds the network. All methods return at once.
 
-    limit   how many slots there are, None if there is no limit
-    peak    the largest number of slots that were held at the same time
+    limit       how many slots there are, None if there is no limit
+    peak        the largest number of slots that were held at the same time
+    withheld    the tasks that were taken from the scheduler until they need not wait any more
     """
 
-    def __init__(self, d, presence):
-        try:
-            self.limit = limit_from(d)
-        except ValueError as e:
-            bb.fatal(str(e))
+    def __init__(self, presence):
+        self.limit = None
         self.peak = 0
+        self.withheld = set()
         self._presence = presence
         self._tasks = set()
         self._setscene = set()
@@ -93,6 +91,14 @@ class NetworkSlots:
         self._told = set()
         # Tasks with the same stamp, in multiconfigs that share it: once one has run, the others don't
         self._twins = {}
+
+    def prepare(self, d, rqdata):
+        """Read the limit, fatal error if it is invalid, and look up which tasks of the build need a slot"""
+        try:
+            self.limit = limit_from(d)
+        except ValueError as e:
+            bb.fatal(str(e))
+        self.find_tasks(rqdata)
 
     def find_tasks(self, rqdata):
         """Look up which tasks of the build need a slot"""
@@ -141,6 +147,32 @@ class NetworkSlots:
                 buildable.remove(tid)
             else:
                 self._skippable.add(tid)
+
+    def withhold(self, scheduler, tid, buildable, runs):
+        """
+        Take from the scheduler the tasks of the set buildable that have to wait, for
+        it has chosen tid, which is one of them. False if that was of no use before:
+        it does not care for removebuildable().
+
+        All of them at once, since it may take long to choose among thousands.
+        """
+        if tid in self.withheld:
+            return False
+        startable = set(buildable)
+        self.remove_waiting(startable, runs)
+        waiting = (buildable - startable | {tid}) - self.withheld
+        self.withheld |= waiting
+        for tid in waiting:
+            scheduler.removebuildable(tid)
+        return True
+
+    def restore(self, scheduler):
+        """Give back to the scheduler what need not wait any more"""
+        if self.withheld:
+            restored = self.withheld - self.waiting()
+            self.withheld -= restored
+            for tid in restored:
+                scheduler.newbuildable(tid)
 
     def acquire(self, tid):
         """Take a slot for a normal task if it needs one. False if there is none: it has to wait."""

@@ -9,27 +9,60 @@ What is known of the presence of sstate objects in a build.
 
 The runqueue makes one Presence object for a build and passes it to the function
 of the metadata that BB_HASHCHECK_FUNCTION names. That one tells which objects it
-has found on this machine, so that restoring them does not need the network:
+has found on this machine, so that restoring them does not need the network, and
+lets it ask the mirrors for all others at once:
 
-    def sstate_checkhashes(sq_data, d, presence=None, **kwargs):
+    def sstate_checkhashes(sq_data, d, siginfo=False, presence=None, **kwargs):
         ...
         if presence is not None:
             presence.local(found)
+            sizes = presence.query([(tid, "file://..."), ...], localdata, siginfo)
+            if sizes is not None:
+                found.update(sizes)
+            ...
 
-Called in the runqueue's thread only. It asks nobody: what the metadata does not
-tell is not known, and not local.
+BB_SETSCENE_PRESENCE says who is asked: the mirrors, or first the hash
+equivalence server and the mirrors only for what that knows. presencequery.py
+does the asking.
+
+Called in the runqueue's thread only.
 """
+
+import logging
+import os
+
+import bb
+from bb.connections.request import ENVIRONMENT
+from bb.presencequery import Query
+
+logger = logging.getLogger("BitBake.RunQueue")
+
+# Fewer objects are asked for without a progress bar
+PROGRESS_FROM = 100
 
 
 class Presence:
-    """rqdata is the build's RunQueueData, whose hashes an object belongs to"""
+    """
+    rqdata is the build's RunQueueData, whose hashes an object belongs to,
+    connections the build's Connections, over which mirrors are asked.
+    """
 
-    def __init__(self, rqdata):
+    def __init__(self, rqdata, connections):
         self._rqdata = rqdata
+        self._connections = connections
         self._local = {}
+        self._usual = {}
+        # {tid: (Locations, place, size)} of what was found over the shared connections
+        self._places = {}
+        # {tid: Files}: what can be fetched ahead
+        self.files = {}
+        # What the user was told already
+        self._told = set()
 
     def _unihash(self, tid):
         return self._rqdata.runtaskentries[tid].unihash
+
+    # What is on this machine
 
     def local(self, tids):
         """The objects of these setscene tasks, with their current hashes, are on this machine"""
@@ -44,3 +77,159 @@ class Presence:
         """It is asked for these again: what was known may not be so any more"""
         for tid in tids:
             self._local.pop(tid, None)
+
+    # What is on the mirrors
+
+    def query(self, objects, d, siginfo=False, title=None):
+        """
+        Ask for objects, a list of (task id, file:// URL), with the fetcher's settings of d: the mirrors of
+        PREMIRRORS, the URL itself, those of MIRRORS. Each answer is remembered as long as the build runs.
+
+        Returns {task id: size in bytes, or None if it was not told} of those that exist. An object for
+        which a mirror gave no answer, but may later, is among them: its task will try. Returns None if
+        there are no shared connections, or they failed: the caller has to ask in its own way. siginfo tells
+        that the URLs are not of the objects but of their signatures, which no hash equivalence server knows.
+
+        Blocks until all is answered; raises BBHandledException if the user interrupts. Shows a
+        progress bar with that title.
+        """
+        memory = self._connections.memory
+        if memory is None:
+            return None
+        progress = None
+        try:
+            if not siginfo and "hashserv" in self._connections.settings.sources:
+                objects = self._known_to_hashserv(objects)
+            progress = Progress(title if len(objects) >= PROGRESS_FROM else None, len(objects), d)
+            progress.start()
+            query = Query(memory, d)
+            sizes = query.run(objects, progress.update)
+            self._report(query.silent())
+            if not siginfo:
+                self._places.update((tid, (query.locations, place, sizes[tid])) for tid, place in query.places.items())
+            return sizes
+        except bb.BBHandledException:
+            raise
+        except Exception as e:
+            logger.debug("The presence query failed", exc_info=True)
+            self._warn("query", "The query for sstate objects over shared connections failed, asking without them: %r" % e)
+            return None
+        finally:
+            if progress:
+                progress.finish()
+
+    def fetchable(self, files, umask, settings=()):
+        """
+        Allow that the objects which query() has found are fetched ahead of their tasks. files is {task id: list
+        of file names below DL_DIR of the query's d}: the object is the first, and the others are there when it is,
+        if they exist on the mirror. All are made with that umask, a number. settings are names of variables that
+        decide where a task fetches from and to; tasks for which one of them is another than usual are left out.
+        """
+        for tid, names in files.items():
+            locations, place, size = self._places.pop(tid, (None, None, None))
+            old = self.files.get(tid)
+            if old and old.unihash == self._unihash(tid) and old.names == names:
+                continue
+            if locations is not None and self._as_usual(tid, settings):
+                self.files[tid] = Files(names, size, self._unihash(tid), umask, locations, place)
+
+    def files_of(self, tid):
+        """The Files of tid's object with its current hash, or None"""
+        files = self.files.get(tid)
+        return files if files and files.unihash == self._unihash(tid) else None
+
+    def _as_usual(self, tid, settings):
+        """Whether a task fetches as the query did, as far as that can be seen without its recipe's datastore"""
+        mc = bb.runqueue.mc_from_tid(tid)
+        # PATH is another one for each machine, and finds the same ssh
+        names = tuple(settings) + ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS") + tuple(set(ENVIRONMENT) - {"PATH"})
+        mcdata = self._rqdata.cooker.databuilder.mcdata
+        if mc not in self._usual:
+            self._usual[mc] = all(mcdata[mc].getVar(name) == mcdata[""].getVar(name) for name in names)
+        _, _, _, taskfn = bb.runqueue.split_tid_mcfn(tid)
+        pn = self._rqdata.dataCaches[mc].pkg_fn[taskfn]
+        return self._usual[mc] and not mcdata[mc].getVarFlag("BB_ALLOWED_NETWORKS", pn, False) and not any(
+            override == "pn-" + pn for name in names for _, override in mcdata[mc].overridedata.get(name, ()))
+
+    def _known_to_hashserv(self, objects):
+        """Those of objects whose hash the hash equivalence server knows; all if it cannot be asked"""
+        try:
+            exist = bb.parse.siggen.unihashes_exist
+        except AttributeError:
+            self._warn("hashserv", "BB_SETSCENE_PRESENCE names hashserv, but there is no hash equivalence server in use")
+            return objects
+        try:
+            known = exist({tid: self._unihash(tid) for tid, _ in objects})
+            return [(tid, url) for tid, url in objects if known[tid]]
+        except Exception as e:
+            self._warn("hashserv", "The hash equivalence server cannot tell which sstate objects exist, asking the mirrors for all: %r" % e)
+            return objects
+
+    def _report(self, hosts):
+        """Tell, once for each host, of the requests that remained without an answer"""
+        for host in hosts:
+            self._connections.told.add(host.name)
+            consequence = "their tasks will try" if host.alive else "taken as missing"
+            self._warn(host.name, "Sstate mirror %s did not answer for %d of %d objects, %s: %s" %
+                       (host.name, host.unanswered, host.asked, consequence, host.reason))
+
+    def _warn(self, topic, text):
+        if topic not in self._told:
+            self._told.add(topic)
+            logger.warning(text)
+
+
+class Files:
+    """
+    What can be fetched ahead for a task: names of files below directory. Compared by identity: if the
+    task's hash changes there is another one.
+    """
+    __slots__ = ("names", "size", "unihash", "umask", "_locations", "_place")
+
+    def __init__(self, names, size, unihash, umask, locations, place):
+        self.names = names
+        # Of the object, in bytes; None if the mirror has not told
+        self.size = size
+        self.unihash = unihash
+        self.umask = umask
+        self._locations = locations
+        self._place = place
+
+    @property
+    def directory(self):
+        return self._locations.d.getVar("DL_DIR")
+
+    def describe(self, name):
+        """
+        The members of a Request for one of the files, on the mirror that has the object. Raises ValueError
+        if the fetcher would not get it from there under that name.
+        """
+        url = "file://%s;downloadfilename=%s" % (name, name)
+        _, uds = self._locations.find(url)
+        ud = uds[self._place] if self._place < len(uds) else None
+        if ud is None or ud.localpath != os.path.join(self.directory, name):
+            raise ValueError("the fetcher puts %s elsewhere" % name)
+        return self._locations.describe("GET", ud)
+
+
+class Progress:
+    """The progress bar of a query, updated a few times a second by presencequery.py; none without a title"""
+
+    def __init__(self, title, total, d):
+        self.title = title
+        self.total = total
+        self.d = d
+        self._shown = False
+
+    def start(self):
+        if self.title:
+            bb.event.fire(bb.event.ProcessStarted(self.title, self.total), self.d)
+            self._shown = True
+
+    def update(self, done):
+        if self.title:
+            bb.event.fire(bb.event.ProcessProgress(self.title, done), self.d)
+
+    def finish(self):
+        if self._shown:
+            bb.event.fire(bb.event.ProcessFinished(self.title), self.d)

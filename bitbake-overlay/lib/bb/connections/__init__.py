@@ -12,7 +12,12 @@ which runs in that process, and the setscene tasks, which reach it over a Unix
 socket, share them:
 
     http.py       one HTTP/1.1 connection
-    pool.py       for each host: the connections, the queue, back-off, breaker
+    sftp.py       one SFTP session
+    ssh.py        the program that it runs over
+    pool.py       all connections, by host
+    host.py       for each host: the connections, the queue, back-off, breaker
+    pipelining.py whether a host can have many requests under way
+    memory.py     what has been answered in this build
     protocol.py   what a task and the server say to each other
     server.py     the socket, its peers, start and end with a build's runqueue
     client.py     what a fetcher calls, in a task or in the server
@@ -21,6 +26,20 @@ This file holds what they have in common: the errors and the settings.
 """
 
 import collections
+
+# Of the server's socket, in the datastores of tasks
+ADDRESS = "BB_CONNECTION_CACHE_ADDRESS"
+
+# The server.Connections that runs in this process, or None
+_current = None
+
+def current():
+    """The memory.Memory before the pool that runs in this process, or None"""
+    return _current.memory if _current else None
+
+def set_current(connections):
+    global _current
+    _current = connections
 
 
 class ConnectionCacheError(Exception):
@@ -49,6 +68,9 @@ class ProtocolError(ConnectionCacheError):
     """The other side sent what its protocol does not allow, or ended too early"""
     kind = "protocol"
     retryable = True
+
+class Disconnected(ProtocolError):
+    """Closed before a byte of the answer: on a used connection the server had just given it up"""
 
 class TimedOutError(ConnectionCacheError):
     """Nothing was heard for as long as is waited"""
@@ -81,8 +103,19 @@ class StatusError(ConnectionCacheError):
     def __str__(self):
         return self.args[0]
 
+class DestinationError(ConnectionCacheError):
+    """The file that the body goes to cannot be written"""
+    kind = "destination"
 
-Settings = collections.namedtuple("Settings", "enabled connections threads")
+class Cancelled(ConnectionCacheError):
+    """Nobody waits for the answer any more"""
+    kind = "cancelled"
+
+
+# Who may be asked which objects there are
+SOURCES = ("mirror", "hashserv mirror")
+
+Settings = collections.namedtuple("Settings", "enabled connections depth threads sources prefetch")
 
 def settings(d):
     """
@@ -95,9 +128,14 @@ def settings(d):
     if enabled not in ("0", "1"):
         raise ValueError('Invalid BB_CONNECTION_CACHE = "%s", allowed are "0" and "1"' % enabled)
 
-    connections = d.getVar("BB_CONNECTION_CACHE_MAX") or "4"
-    if not (connections.isascii() and connections.isdigit() and 1 <= int(connections) <= 64):
-        raise ValueError('Invalid BB_CONNECTION_CACHE_MAX = "%s", allowed is a number of connections from 1 to 64' % connections)
+    connections = number(d, "BB_CONNECTION_CACHE_MAX", 4, 64, "connections")
+    depth = number(d, "BB_CONNECTION_CACHE_DEPTH", 64, 1024, "requests")
+
+    prefetch = number(d, "BB_SETSCENE_PREFETCH", 64, 1024, "objects", smallest=0)
+
+    sources = " ".join((d.getVar("BB_SETSCENE_PRESENCE") or "mirror").split())
+    if sources not in SOURCES:
+        raise ValueError('Invalid BB_SETSCENE_PRESENCE = "%s", allowed are "mirror" and "hashserv mirror"' % sources)
 
     try:
         threads = int(d.getVar("BB_NUMBER_THREADS") or 1)
@@ -105,4 +143,12 @@ def settings(d):
         # Not ours to complain about
         threads = 1
 
-    return Settings(enabled == "1", int(connections), threads)
+    return Settings(enabled == "1", connections, depth, threads, sources.split(), prefetch)
+
+def number(d, name, default, largest, unit, smallest=1):
+    """The variable name as a number from smallest to largest. Raises ValueError as settings() does."""
+    value = d.getVar(name) or str(default)
+    if not (value.isascii() and value.isdigit() and len(value) < 10 and smallest <= int(value) <= largest):
+        raise ValueError('Invalid %s = "%s", allowed is a number of %s from %s to %s' %
+                         (name, value[:80], unit, smallest, largest))
+    return int(value)

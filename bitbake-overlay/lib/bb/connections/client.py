@@ -29,16 +29,14 @@ import time
 import urllib.parse
 
 import bb
-from bb.connections import ConnectionCacheError, ProtocolError, TimedOutError, protocol, server
-from bb.connections.http import last_modified
-from bb.connections.request import ENVIRONMENT, Request, basic_auth, redact
+import bb.connections
+from bb.connections import ADDRESS, ConnectionCacheError, ProtocolError, TimedOutError, protocol
+from bb.connections.request import (ABSENT, HTTP_ENVIRONMENT, MISSING, SSH_ENVIRONMENT, Request, basic_auth,
+                                    last_modified, redact)
 
 logger = logging.getLogger("BitBake.Fetcher")
 
-# Statuses which say that there is no such file
-ABSENT = (404, 410)
-
-# The query asks without shared connections what takes longer than this
+# What takes longer, without a byte of an answer, is done without shared connections
 POOL_SECONDS = 1200
 
 # size and modified (seconds since the epoch) may be None
@@ -50,11 +48,13 @@ def checkstatus(ud, d, verify=True):
     Whether the file of ud exists: True, False, or None if that cannot be told
     here. Blocks as long as the mirror takes.
     """
-    answer = _ask("HEAD", ud, d, verify) if _usable(ud, d) else None
+    if not _usable(ud, d):
+        return None
+    answer = _ask("HEAD", ud, d, verify)
     if answer is None:
         # The mirror is not asked again if the build is to end anyway
         return False if bb.event._should_exit.is_set() else None
-    if answer.status in ABSENT:
+    if answer.status in MISSING:
         return False
     return True if answer.status == 200 else None
 
@@ -66,7 +66,7 @@ def download(ud, d, localpath, verify=True):
     Blocks as long as the mirror takes.
     """
     # In the server nothing downloads
-    if not _usable(ud, d) or server.current():
+    if not _usable(ud, d) or bb.connections.current():
         return None
     bb.fetch2.check_network_access(d, "shared connections", ud.url)
     # Not the name that wget --continue takes up. The fetcher holds its lock for
@@ -79,7 +79,7 @@ def download(ud, d, localpath, verify=True):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             answer = _ask("GET", ud, d, verify, fd)
-            complete = answer is not None and answer.status == 200 and _is_complete(path, fd, answer)
+            complete = answer is not None and answer.status == 200 and is_complete(path, fd, answer)
         finally:
             os.close(fd)
     except OSError as e:
@@ -95,7 +95,7 @@ def _remove(path):
     with contextlib.suppress(OSError):
         os.unlink(path)
 
-def _is_complete(path, fd, answer):
+def is_complete(path, fd, answer):
     """Whether path is still the file that was written, and all of it. Sets its time as wget does."""
     written, named = os.fstat(fd), os.stat(path)
     if (written.st_dev, written.st_ino) != (named.st_dev, named.st_ino) or written.st_size != answer.size:
@@ -106,29 +106,45 @@ def _is_complete(path, fd, answer):
 
 def _usable(ud, d):
     """Whether requests for ud may go over shared connections, as far as d says"""
-    if d.getVar("BB_CONNECTION_CACHE") == "0" or ud.type not in ("http", "https"):
-        return False
-    # What the user wants done in a certain way is done that way
-    if d.getVar("FETCHCMD_wget") or "redirectauth" in ud.parm:
+    if not supports(ud, d):
         return False
     if not bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")):
-        return server.current() is not None
-    return bool(d.getVar(server.ADDRESS)) and (d.getVar("BB_CURRENTTASK") or "").endswith("_setscene")
+        return bb.connections.current() is not None
+    return bool(d.getVar(ADDRESS)) and (d.getVar("BB_CURRENTTASK") or "").endswith("_setscene")
+
+def supports(ud, d):
+    """Whether the user wants ud fetched in a way that shared connections can do"""
+    if d.getVar("BB_CONNECTION_CACHE") == "0":
+        return False
+    if ud.type in ("http", "https"):
+        return not d.getVar("FETCHCMD_wget") and "redirectauth" not in ud.parm
+    # ssh asks for no password
+    return ud.type == "sftp" and not d.getVar("FETCHCMD_sftp") and not ud.pswd
+
+def environment(scheme, d):
+    """What of the fetcher's environment decides how a host is reached, and HOME"""
+    return bb.fetch2.get_fetcher_environment(d, SSH_ENVIRONMENT if scheme == "sftp" else HTTP_ENVIRONMENT + ("HOME",))
+
+def describe(method, ud, environ, verify):
+    """The members of a Request, with environ as environment() returned it"""
+    url = ud.url.split(";")[0]
+    if ud.type == "sftp":
+        return {"method": method, "url": url, "environment": environ}
+    home = environ.get("HOME", "")
+    environ = {name: value for name, value in environ.items() if name != "HOME"}
+    return {"method": method, "url": url, "environment": environ, "verify": verify,
+            "authorization": _authorization(ud, home)}
 
 def _ask(method, ud, d, verify, fd=None):
     """Returns an Answer, or None if there is none to be had here"""
-    url = ud.url.split(";")[0]
-    environment = bb.fetch2.get_fetcher_environment(d, ENVIRONMENT + ("HOME",))
-    home = environment.pop("HOME", "")
     try:
-        message = {"method": method, "url": url, "verify": verify, "environment": environment,
-                   "authorization": _authorization(ud, home)}
-        pool = server.current()
-        if pool:
-            return _ask_pool(pool, message)
-        return _task_client(d.getVar(server.ADDRESS)).ask(message, fd)
+        message = describe(method, ud, environment(ud.type, d), verify)
+        memory = bb.connections.current()
+        if memory:
+            return _ask_here(memory, message)
+        return _task_client(d.getVar(ADDRESS)).ask(message, fd)
     except (ConnectionCacheError, ValueError) as e:
-        logger.debug("%s: not over shared connections: %s", redact(url), e)
+        logger.debug("%s: not over shared connections: %s", redact(ud.url), e)
     return None
 
 def _authorization(ud, home):
@@ -151,7 +167,7 @@ def _netrc(path, mtime):
 
 # In the server
 
-def _ask_pool(pool, message):
+def _ask_here(memory, message):
     answered = threading.Event()
     outcome = []
 
@@ -160,7 +176,7 @@ def _ask_pool(pool, message):
         answered.set()
 
     request = Request(done=done, **message)
-    pool.submit(request)
+    memory.submit(request)
     deadline = time.monotonic() + POOL_SECONDS
     # In steps, since nothing wakes the query if the user wants to end it
     while not answered.wait(1):
@@ -195,24 +211,33 @@ class TaskClient:
         self.process = os.getpid()
         self._number = 0
         self._sock = None
+        self._schemes = ()
         self._failed = False
 
     def ask(self, message, fd=None):
         """
         Blocks until the server has an answer; each protocol.SILENCE_SECONDS it
-        has to say something. Raises ConnectionCacheError.
+        has to say something, and something new each POOL_SECONDS. Raises
+        ConnectionCacheError.
         """
         if self._failed:
             raise ConnectionCacheError("the bitbake server's part has failed before")
         self._number += 1
+        progress, deadline = None, time.monotonic() + POOL_SECONDS
         # What is too long for a message is not the server's fault
         data = protocol.encode(dict(message, id=self._number))
         try:
             if self._sock is None:
                 self._connect()
+            if message["url"].partition(":")[0].lower() not in self._schemes:
+                raise ConnectionCacheError("the server has no connections of that scheme")
             protocol.send(self._sock, data, fd)
             reply = self._receive()
             while "progress" in reply:
+                if reply["progress"] != progress:
+                    progress, deadline = reply["progress"], time.monotonic() + POOL_SECONDS
+                elif time.monotonic() > deadline:
+                    raise ProtocolError("nothing comes of it for %s seconds" % POOL_SECONDS)
                 reply = self._receive()
             if reply.get("id") != self._number or not ("status" in reply or "error" in reply):
                 raise ProtocolError("answer to something else")
@@ -230,9 +255,12 @@ class TaskClient:
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         if str(struct.unpack("3i", credentials)[1]) != uid:
             raise ProtocolError("the socket belongs to another user")
-        hello = self._receive().get("hello")
-        if hello != protocol.VERSION:
-            raise ProtocolError("the server speaks version %r, not %s" % (hello, protocol.VERSION))
+        hello = self._receive()
+        if hello.get("hello") != protocol.VERSION:
+            raise ProtocolError("the server speaks version %r, not %s" % (hello.get("hello"), protocol.VERSION))
+        self._schemes = hello.get("schemes", ["http", "https"])
+        if not isinstance(self._schemes, list):
+            raise ProtocolError("schemes is not a list")
 
     def _receive(self):
         message, fd = protocol.receive(self._sock)

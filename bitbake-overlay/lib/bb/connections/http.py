@@ -13,17 +13,19 @@ choice of the connection are the pool's. Nothing of the process is changed or
 read: proxy and certificates come with the request, since the environment of a
 task is not the server's.
 
-Follows RFC 9110 and RFC 9112. One request at a time.
+Follows RFC 9110 and RFC 9112, with pipelining (9.3.2): how many requests are
+under way is up to the caller.
 
     connection = HTTPConnection(request.origin, request.route, timeout=100)
     connection.connect()
-    response = connection.exchange(request)     # blocks
-    if not connection.reusable:
-        connection.close()
+    connection.send(requests)
+    while connection.in_flight and connection.reusable:
+        for request, response, error in connection.receive():    # blocks
+            ...
+    connection.close()
 """
 
 import collections
-import email.utils
 import functools
 import os
 import socket
@@ -32,8 +34,9 @@ import time
 
 import bb
 import bb.utils
-from bb.connections import ConnectError, ConnectionCacheError, ProtocolError, StatusError, TimedOutError
-from bb.connections.request import DEFAULT_PORTS, redact
+from bb.connections import (Cancelled, ConnectError, ConnectionCacheError, DestinationError, Disconnected, ProtocolError, StatusError,
+                            TimedOutError)
+from bb.connections.request import DEFAULT_PORTS, MAX_DIGITS, Response, redact
 
 # An answer's head and what is read of a body that nobody wants before the
 # connection is given up instead, in bytes
@@ -41,57 +44,49 @@ MAX_HEAD = 64 * 1024
 MAX_DISCARD = 64 * 1024
 MAX_TRAILERS = 100
 
-# length is what the server announced, None if it did not
-Response = collections.namedtuple("Response", "status headers length")
 
+class IdleClosed(Disconnected):
+    """Closed while nothing was under way, which a server may do at any time (RFC 9112 9.5)"""
 
-class Disconnected(ProtocolError):
-    """Closed before a byte of the answer: on a used connection the server had just given it up"""
-
-class DestinationError(ConnectionCacheError):
-    """The file that the body goes to cannot be written"""
-    kind = "destination"
-
-class Cancelled(ConnectionCacheError):
-    """Nobody waits for the answer any more"""
-    kind = "cancelled"
-
-
-def retry_after(headers):
-    """Retry-After (RFC 9110 10.2.3) in seconds, or None"""
-    value = headers.get("retry-after", "").strip()
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-def last_modified(headers):
-    """Last-Modified (RFC 9110 8.8.2) in seconds since the epoch, or None"""
-    try:
-        return email.utils.parsedate_to_datetime(headers["last-modified"]).timestamp()
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
+class Disagreement(ProtocolError):
+    """Not what the server had said of the file before, which may be an answer to another request"""
 
 
 class HTTPConnection:
     """
     timeout is how many seconds nothing may be heard, as wget is given 100.
+
+    in_flight   the requests that are not answered yet, in the order of sending
+    reusable    whether further requests may be sent. If not, those in flight will not be answered.
+    served      how many were answered
+    version     of HTTP, (1, 1) or (1, 0), as the last answer said
+    ended       the server has said that it ends the connection
+    error       what has ended the connection behind the answers that receive() has returned, or None
+
     After any exception the connection cannot be used further.
     """
+    # Whether the pool may connect to a host once at a time only, and whether to try pipelining before using it
+    serial = False
+    trial = True
+
     def __init__(self, origin, route, timeout=100):
         self.origin = origin
         self.route = route
         self.timeout = timeout
         self.reusable = False
-        # Requests answered
+        self.in_flight = collections.deque()
         self.served = 0
+        self.version = None
+        self.ended = False
+        self.error = None
         self._sock = None
         self._aborted = False
         # What has been received and not yet been used is between start and end
-        self._buffer = memoryview(bytearray(256 * 1024))
+        self._data = bytearray(256 * 1024)
+        self._buffer = memoryview(self._data)
         self._start = self._end = 0
+        # More than one request is in flight, or was since there was none
+        self._pipelined = False
 
     # Connecting and closing
 
@@ -150,7 +145,7 @@ class HTTPConnection:
         if self.route.proxy[2]:
             head += "Proxy-Authorization: %s\r\n" % self.route.proxy[2]
         self._send(head + "\r\n")
-        status, _, _ = self._read_head()
+        status, _ = self._read_head()
         if status // 100 != 2:
             raise ConnectError("proxy %s answered %s to CONNECT" % (self.route.proxy[0], status),
                                retryable=status in (502, 503, 504))
@@ -184,36 +179,103 @@ class HTTPConnection:
         """The descriptor, -1 without one"""
         return self._sock.fileno() if self._sock is not None else -1
 
-    # One request and its answer
+    # Requests and their answers
 
-    def exchange(self, request):
-        """
-        Send request and read the whole answer, the body of a 200 into
-        request.fd. Blocks. Returns a Response.
-        """
-        self.reusable = False
-        request.received = 0
-        if request.fd is not None:
-            # What an earlier attempt has left
-            self._write(os.ftruncate, request.fd, 0)
+    def send(self, requests):
+        """Send requests. Blocks while the system's buffers are full; that the server reads on is assumed."""
+        alone = not self.in_flight
+        quiet = self.served and alone
+        self.in_flight.extend(requests)
+        self._pipelined = len(self.in_flight) > 1 or self._pipelined and not alone
+        if quiet:
+            self._check_quiet()
         try:
-            if self.served:
-                self._check_quiet()
-            self._send(self._head(request))
-            status, headers, version = self._read_head()
+            self._send("".join([self._head(request) for request in requests]))
+        except socket.timeout as e:
+            raise TimedOutError("%s: takes no request for %s seconds" % (self.origin.host, self.timeout)) from e
+
+    def set_timeout(self, timeout):
+        self.timeout = timeout
+        self._sock.settimeout(timeout)
+
+    def receive(self):
+        """
+        Read the answer to the first in flight, the body of a 200 into its fd,
+        and those which have arrived with it. Blocks. Returns a list of
+        (request, Response, None).
+        """
+        answers = []
+        while self.in_flight and self.reusable and (not answers or self._arrived(self.in_flight[0])):
+            try:
+                response = self._read_answer(self.in_flight[0])
+            except Exception as e:
+                self.reusable = False
+                if not isinstance(e, ConnectionCacheError):
+                    e = ProtocolError("%s: %r" % (self.origin.host, e))
+                if not answers:
+                    raise e
+                self.error = e
+                break
+            answers.append((self.in_flight.popleft(), response, None))
+            self.served += 1
+        return answers
+
+    def _arrived(self, request):
+        """Whether the whole answer to request seems to be there"""
+        # Of TLS each read gives one record, which is one answer mostly
+        return self._buffered(request) or isinstance(self._sock, ssl.SSLSocket) and self._read_on() and self._buffered(request)
+
+    def _read_on(self):
+        """Read what is there without waiting. Returns False if there is nothing, or no room."""
+        if self._start != self._end and self._end == len(self._buffer):
+            return False
+        self._sock.settimeout(0)
+        try:
+            return self._fill()
+        except OSError:
+            # None yet; if it is an error, the next one that reads has it too
+            return False
+        finally:
+            self._sock.settimeout(self.timeout)
+
+    def _buffered(self, request):
+        pos = self._data.find(b"\r\n\r\n", self._start, self._end)
+        if pos < 0 or request.method == "HEAD":
+            return pos >= 0
+        return request.size is not None and self._end - pos - 4 >= request.size
+
+    def _read_answer(self, request):
+        request.received = 0
+        try:
+            status, headers = self._read_head()
             response = self._read_body(request, status, headers)
         except socket.timeout as e:
             raise TimedOutError("%s: nothing heard for %s seconds" % (redact(request.url), self.timeout)) from e
         except OSError as e:
             raise ProtocolError("%s: %s" % (redact(request.url), e)) from e
-        self.served += 1
-        if response.length is not None or request.method == "HEAD":
+        self._check_size(request, response.status, response.length)
+        self.reusable = response.length is not None or request.method == "HEAD"
+        if "connection" in headers or self.version < (1, 1):
             tokens = [t.strip().lower() for t in headers.get("connection", "").split(",")]
-            self.reusable = "close" not in tokens and (version >= (1, 1) or "keep-alive" in tokens)
-        if self._start != self._end or "transfer-encoding" in headers and "content-length" in headers:
-            # What comes behind may be part of this answer, or an attempt to pass for the next (RFC 9112 6.3)
+            self.ended = "close" in tokens
+            if self.ended or self.version < (1, 1) and "keep-alive" not in tokens:
+                self.reusable = False
+        # What comes behind may be part of this answer, or an attempt to pass for the next (RFC 9112 6.3)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            self.reusable = False
+        if len(self.in_flight) == 1 and self._start != self._end:
             self.reusable = False
         return response
+
+    def _check_size(self, request, status, length):
+        """
+        A GET that disagrees with the HEAD before: if nothing else was under way it is the file that has
+        changed, else the answers may be mixed up.
+        """
+        if self._pipelined and request.fd is not None and request.size is not None:
+            if status in (404, 410) or status == 200 and length is not None and length != request.size:
+                raise Disagreement("%s: status %s and %s bytes, before it was %s bytes" %
+                                   (redact(request.url), status, length, request.size))
 
     def _check_quiet(self):
         """What a server says unasked is no answer to what is asked next (RFC 9112 9.2)"""
@@ -223,16 +285,18 @@ class HTTPConnection:
         except (BlockingIOError, ssl.SSLWantReadError):
             return
         except OSError as e:
-            raise Disconnected("%s: %s" % (self.origin.host, e)) from e
+            raise IdleClosed("%s: %s" % (self.origin.host, e)) from e
         finally:
             self._sock.settimeout(self.timeout)
-        raise Disconnected("%s: closed, or sent what was not asked for" % self.origin.host)
+        raise IdleClosed("%s: closed, or sent what was not asked for" % self.origin.host)
 
     def _head(self, request):
         target = request.target
         lines = ["Host: " + self._authority(always_port=False),
                  "User-Agent: bitbake/" + bb.__version__,
                  "Accept: */*", "Accept-Encoding: identity"]
+        if request.method == "GET" and request.fd is None:
+            lines.append("Range: bytes=0-0")
         if request.authorization:
             lines.append("Authorization: " + request.authorization)
         if self.route.proxy and self.origin.scheme == "http":
@@ -246,8 +310,9 @@ class HTTPConnection:
             self._sock.sendall(text.encode("ascii"))
         except socket.timeout:
             raise
-        except OSError as e:
-            raise Disconnected("%s closed the connection: %s" % (self.origin.host, e)) from e
+        except OSError:
+            # The server has closed, but its last answers may be there: who reads behind them learns of it
+            pass
 
     def _fill(self):
         """Read once. Returns False at the end of the stream."""
@@ -263,29 +328,33 @@ class HTTPConnection:
 
     def _read_line_block(self, end, limit):
         """Read up to and with the bytes end, at most limit. Returns them without end."""
+        seen = self._start
         while True:
-            data = bytes(self._buffer[self._start:min(self._end, self._start + limit)])
-            pos = data.find(end)
-            if pos >= 0:
-                self._start += pos + len(end)
-                return data[:pos]
-            if len(data) >= limit:
+            pos = self._data.find(end, seen, self._end)
+            if 0 <= pos <= self._start + limit:
+                data = bytes(self._buffer[self._start:pos])
+                self._start = pos + len(end)
+                return data
+            size = self._end - self._start
+            if pos >= 0 or size >= limit:
                 raise ProtocolError("%s: answer's head is longer than %s bytes" % (self.origin.host, limit))
             try:
                 more = self._fill()
             except socket.timeout:
                 raise
             except OSError as e:
-                if data:
+                if size:
                     raise
                 raise Disconnected("%s: %s" % (self.origin.host, e)) from e
             if not more:
-                if data:
+                if size:
                     raise ProtocolError("%s: closed in the middle of an answer's head" % self.origin.host)
                 raise Disconnected("%s: closed without an answer" % self.origin.host)
+            # It may be that only its last byte was missing. _fill() may have moved what is there.
+            seen = max(self._start, self._start + size - len(end) + 1)
 
     def _read_head(self):
-        """Returns status, headers with names in lower case, and version. Skips 1xx."""
+        """Returns status, and headers with names in lower case. Sets version. Skips 1xx."""
         while True:
             head = self._read_line_block(b"\r\n\r\n", MAX_HEAD).decode("iso-8859-1").split("\r\n")
             version, _, rest = head[0].partition(" ")
@@ -302,19 +371,25 @@ class HTTPConnection:
                     # RFC 9112 6.3: the same length twice is one, two lengths are an attack or a fault
                     value = value if name == "content-length" and headers[name] == value else headers[name] + ", " + value
                 headers[name] = value
-            if int(status) // 100 != 1:
-                return int(status), headers, (1, int(version[-1]))
+            if status[0] != "1":
+                self.version = (1, int(version[-1]))
+                return int(status), headers
 
     def _read_body(self, request, status, headers):
         length = headers.get("content-length")
         if length is not None:
-            if not (length.isascii() and length.isdigit()):
+            if not (length.isascii() and length.isdigit() and len(length) <= MAX_DIGITS):
                 raise ProtocolError("%s: Content-Length is %r" % (redact(request.url), length[:80]))
             length = int(length)
         if request.method == "HEAD" or status in (204, 304):
             return Response(status, headers, length)
 
         wanted = status == 200 and request.fd is not None
+        if wanted:
+            if length is not None:
+                self._check_size(request, status, length)
+            # What an earlier attempt has left
+            self._write(os.ftruncate, request.fd, 0)
         sink = functools.partial(self._sink, request) if wanted else None
         coding = headers.get("transfer-encoding")
         if coding is not None:

@@ -20,8 +20,9 @@ with the uid in the address, which is not one that pseudo can fake: another
 user could take the name once the server is gone.
 
 Server, on accepting:
-    {"hello": VERSION, "schemes": ["http", "https"]}
-A client that does not know the version closes, and fetches without the server.
+    {"hello": VERSION, "schemes": ["http", "https", "sftp"]}
+A client that does not know the version closes, and fetches without the server,
+as it does URLs of other schemes.
 
 Client:
     {"id": n, "method": "HEAD" or "GET", "url": "...", "environment": {...},

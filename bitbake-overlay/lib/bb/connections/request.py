@@ -5,10 +5,11 @@
 #
 
 """
-What is asked of a mirror: a URL, on behalf of an environment.
+What is asked of a mirror: a URL, on behalf of an environment; and the answer.
 
-Made by client.py and server.py, worked off by pool.py and http.py. Knows what
-a URL, a redirect and a proxy mean, and does no input or output.
+Made by client.py, server.py and presence.py, worked off by pool.py, http.py and
+sftp.py. Knows what a URL, a redirect and a proxy mean, and does no input or
+output.
 
     def done(request, response, error):
         ...
@@ -17,43 +18,74 @@ a URL, a redirect and a proxy mean, and does no input or output.
 
 import base64
 import collections
+import email.utils
+import functools
+import time
 import urllib.parse
 import urllib.request
 
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
+HEAD_REFUSED = (403, 405)
 
-DEFAULT_PORTS = {"http": 80, "https": 443}
+# Statuses which say that there is no such file, and those which say that there is none for us
+ABSENT = (404, 410)
+MISSING = ABSENT + (401, 403, 405)
+
+# Of the size of a file
+MAX_DIGITS = 18
+
+# Without a port for sftp it is ssh's configuration that says which
+DEFAULT_PORTS = {"http": 80, "https": 443, "sftp": 0}
 
 # What of the fetcher's environment decides how a host is reached
-ENVIRONMENT = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY",
-               "SSL_CERT_FILE", "SSL_CERT_DIR")
+HTTP_ENVIRONMENT = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY",
+                    "SSL_CERT_FILE", "SSL_CERT_DIR")
+SSH_ENVIRONMENT = ("HOME", "PATH", "SSH_AUTH_SOCK", "SSH_AGENT_PID", "DBUS_SESSION_BUS_ADDRESS")
+ENVIRONMENT = HTTP_ENVIRONMENT + SSH_ENVIRONMENT
 
-# scheme, host in lower case, port number, user ("" if none)
+# scheme, host (in lower case, but for sftp), port number, user ("" if none)
 Origin = collections.namedtuple("Origin", "scheme host port user")
 
 # proxy is None or (host, port, value of Proxy-Authorization or None)
 Route = collections.namedtuple("Route", "proxy cafile capath verify")
 
+# environment is a tuple of (name, value)
+SSHRoute = collections.namedtuple("SSHRoute", "environment")
+
+# status is HTTP's, or what is like it. headers have names in lower case. length
+# is what the server announced, None if it did not.
+Response = collections.namedtuple("Response", "status headers length")
+
 
 class Request:
     """
-    A HEAD or GET of url on behalf of an environment (see ENVIRONMENT).
+    A HEAD or GET of url on behalf of an environment (see ENVIRONMENT). For sftp
+    HEAD means STAT.
 
     fd is where the body of a GET goes, from offset 0 on; it stays the caller's
-    and must stay open until done is called. done(request, response, error) is
+    and must stay open until done is called. Without it a GET asks for a byte
+    only, for servers that refuse HEAD. size is how many bytes a HEAD has
+    announced before, None if there was none. done(request, response, error) is
     called once, from a thread of the pool, and must not block. Raises
     ValueError if url is not one that can be asked for here.
     """
-    def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, done=None):
+    __slots__ = ("method", "environment", "verify", "authorization", "fd", "size", "done", "cancelled", "attempts",
+                 "answers", "redirects", "received", "sent", "url", "origin", "target", "route")
+
+    def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, size=None, done=None):
         self.method = method
         self.environment = environment
         self.verify = verify
         self.authorization = authorization
         self.fd = fd
+        self.size = size
         self.done = done
         self.cancelled = False
+        # The pool's: failures, how many answers its host had given at the last, and when it was last sent
         self.attempts = 0
+        self.answers = 0
+        self.sent = 0
         self.redirects = 0
         # Bytes of the body so far, for whoever wants to show progress
         self.received = 0
@@ -66,8 +98,8 @@ class Request:
             # Its message may quote the password
             raise ValueError("Not a valid URL") from None
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
-            raise ValueError("Not a http or https URL: %s" % redact(url))
-        if any(c <= " " or c > "~" for c in url):
+            raise ValueError("Not a http, https or sftp URL: %s" % redact(url))
+        if parts.scheme != "sftp" and (not url.isascii() or not url.isprintable() or " " in url):
             raise ValueError("Character that a URL cannot have in: %s" % redact(url))
         try:
             port = parts.port or DEFAULT_PORTS[parts.scheme]
@@ -75,15 +107,34 @@ class Request:
             # Its own message would have what stands there, which may be half a password
             raise ValueError("Invalid port in: %s" % redact(url)) from None
         self.url = url
-        self.origin = Origin(parts.scheme, parts.hostname.lower(), port, parts.username or "")
-        self.target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        self.route = route(self.origin, self.environment, self.verify)
+        if parts.scheme == "sftp":
+            self._set_path(parts)
+            self.origin = Origin("sftp", ssh_host(parts), port, urllib.parse.unquote(parts.username or ""))
+            self.route = SSHRoute(tuple(sorted(item for item in self.environment.items() if item[0] in SSH_ENVIRONMENT)))
+        else:
+            self.origin = Origin(parts.scheme, parts.hostname, port, parts.username or "")
+            self.target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            self.route = route(self.origin, self.environment, self.verify)
+
+    def _set_path(self, parts):
+        """As fetch2/sftp.py: unquoted, and what follows /~/ is in the user's home directory"""
+        path = urllib.parse.unquote(parts.path, errors="surrogateescape")
+        self.target = path[3:] if path.startswith("/~/") else path
+        if not self.target or "\0" in self.target:
+            raise ValueError("Not a path: %s" % redact(self.url))
+
+    @property
+    def key(self):
+        """Requests with the same key have the same answer"""
+        return self.url, self.authorization, self.route
 
     def redirect(self, location):
         """Go on at location. Raises ValueError if that is not possible here."""
         before = self.origin
         url = urllib.parse.urljoin(self.url, location.replace(" ", "%20"))
         parts = urllib.parse.urlsplit(url)
+        if parts.scheme == "sftp":
+            raise ValueError("a redirect to sftp")
         # Credentials in a Location are the server's idea, not the user's
         self._set_url(urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
         if before[:3] == self.origin[:3]:
@@ -105,8 +156,21 @@ def redact(url):
 def basic_auth(user, password):
     return "Basic " + base64.b64encode(("%s:%s" % (user, password)).encode("utf-8")).decode("ascii")
 
+def ssh_host(parts):
+    """The host as it was written, since an alias in ssh's configuration is what it is"""
+    host = parts.netloc.rpartition("@")[2]
+    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if host.startswith("-"):
+        raise ValueError("Not a host name: %s" % host[:80])
+    return host
+
 def route(origin, environment, verify):
     """How to reach origin from environment. Raises ValueError for a proxy of another kind than http."""
+    return _route(origin, tuple(sorted(environment.items())), verify)
+
+@functools.lru_cache(maxsize=256)
+def _route(origin, environment, verify):
+    environment = dict(environment)
     proxies = {}
     # Lower case wins, as for urllib and wget
     for name in ("http", "https", "no"):
@@ -134,3 +198,30 @@ def route(origin, environment, verify):
     if origin.scheme != "https":
         return Route(proxy, None, None, True)
     return Route(proxy, environment.get("SSL_CERT_FILE"), environment.get("SSL_CERT_DIR"), verify)
+
+def of_whole_file(response):
+    """response to a GET of the first byte as if it were one to a HEAD (RFC 9110 14.4)"""
+    if response.status not in (206, 416):
+        return response
+    size = response.headers.get("content-range", "").rpartition("/")[2]
+    size = int(size) if size.isascii() and size.isdigit() and len(size) <= MAX_DIGITS else None
+    if response.status == 416 and size != 0:
+        return response
+    return Response(200, response.headers, size)
+
+def retry_after(headers):
+    """Retry-After (RFC 9110 10.2.3) in seconds, or None"""
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+def last_modified(headers):
+    """Last-Modified (RFC 9110 8.8.2) in seconds since the epoch, or None"""
+    try:
+        return email.utils.parsedate_to_datetime(headers["last-modified"]).timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None

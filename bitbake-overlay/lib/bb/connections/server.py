@@ -12,14 +12,14 @@ The runqueue makes one Connections object, starts it before it asks which sstate
 objects exist and stops it when it ends, so that no thread and no connection
 exists in between: a memory resident server parses, and forks, without any. The
 presence query runs in this process and uses the pool directly (client.py finds
-it by current()).
+it by bb.connections.current()).
 
 One thread owns the socket and the peers. The pool's threads hand it their
 answers through a queue and a wake-up pipe. A child that the server forks closes
 all of it at once, and takes none of its locks.
 
-    connections = Connections(cooker, d)        # fatal error if a variable is invalid
-    connections.start()
+    connections = Connections(cooker, d)
+    connections.start()                         # fatal error if a variable is invalid
     ...
     connections.stop()
 
@@ -38,10 +38,10 @@ import threading
 import time
 
 import bb
-from bb.connections import ConnectionCacheError, protocol, settings
-from bb.connections.http import last_modified
-from bb.connections.pool import Pool
-from bb.connections.request import ENVIRONMENT, Request
+from bb.connections import ADDRESS, Cancelled, ConnectionCacheError, protocol, set_current, settings
+from bb.connections.memory import Memory
+from bb.connections.pool import CLASSES, Pool
+from bb.connections.request import ENVIRONMENT, Request, last_modified
 
 # select() in server/process.py cannot deal with descriptors from 1024 on, so the
 # server takes only so many. Further peers wait in the backlog, and do without the
@@ -56,22 +56,14 @@ MAX_TEXT = 1000
 # Messages that wait for a peer to read
 MAX_OUTPUT = 64
 
-ADDRESS = "BB_CONNECTION_CACHE_ADDRESS"
-
-_current = None
-
-def current():
-    """The pool that runs in this process, or None"""
-    return _current.pool if _current else None
-
 def stop():
     """Stop what runs in this process, for a server that ends in the middle of a build"""
-    if _current:
-        _current.stop()
+    if bb.connections._current:
+        bb.connections._current.stop()
 
 def _forked():
-    global _current
-    connections, _current = _current, None
+    connections = bb.connections._current
+    set_current(None)
     if connections:
         connections.close_descriptors()
 
@@ -82,6 +74,11 @@ def serverlog(message):
     # Importing it earlier would be circular: that imports all of bitbake
     import bb.server.process
     bb.server.process.serverlog("Shared connections: " + message)
+
+
+def summary(what, done, seconds):
+    return "%s, %.1f MiB in %.1f s, %s requests over %s connections (%s retries, %s refusals)" % (
+        what, done.bytes / 1048576, seconds, done.requests, done.connections, done.retries, done.refusals)
 
 
 class Peer:
@@ -98,15 +95,18 @@ class Connections:
     """What a build's runqueue starts and stops. All methods are for its thread, but for stop()."""
 
     def __init__(self, cooker, d):
-        try:
-            self.settings = settings(d)
-        except ValueError as e:
-            bb.fatal(str(e))
         self.cooker = cooker
+        self.d = d
+        self.settings = None
         self.pool = None
+        self.memory = None
         self.address = None
         # Tasks that fetched something over the pool
         self.objects = 0
+        # Who fetches objects ahead over the pool and has to end with it (prefetch.py), or None
+        self.prefetch = None
+        # Hosts whose trouble the user knows of
+        self.told = set()
         self._peers = {}
         self._answers = collections.deque()
         # Of the requests under way, of peers that have left too. A number is taken out before it is
@@ -114,13 +114,17 @@ class Connections:
         self._files = set()
         self._stopping = False
 
-    def start(self):
+    def start(self, needed=True):
         """
         Open the socket, make its address known to the tasks and accept. Does
-        not block. If that is not possible the build goes on without it.
+        not block. If that is not possible the build goes on without it. Fatal
+        error if a variable is invalid, also if there is nothing to start.
         """
-        global _current
-        if not self.settings.enabled or self.pool:
+        try:
+            self.settings = settings(self.d)
+        except ValueError as e:
+            bb.fatal(str(e))
+        if not needed or not self.settings.enabled or self.pool:
             return
         self._started = time.monotonic()
         self._stopping = False
@@ -141,11 +145,12 @@ class Connections:
         self._listening = False
         self._listen()
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._woken)
-        self.pool = Pool(self.settings.connections)
+        self.pool = Pool(self.settings.connections, self.settings.depth)
+        self.memory = Memory(self.pool)
         self.address = "%s:%s" % (os.geteuid(), name)
         self.cooker.extraconfigdata[ADDRESS] = self.address
         self._thread = threading.Thread(target=self._serve, name="connection server")
-        _current = self
+        set_current(self)
         self._thread.start()
 
     def stop(self):
@@ -154,29 +159,45 @@ class Connections:
         at most about 20 seconds; a look-up of a name that takes longer goes on.
         Says what was done. May be called more than once.
         """
-        global _current
-        pool, self.pool = self.pool, None
+        pool, self.pool, self.memory = self.pool, None, None
         if not pool:
             return
         self.cooker.extraconfigdata.pop(ADDRESS, None)
-        if _current is self:
-            _current = None
+        if bb.connections._current is self:
+            set_current(None)
+        if self.prefetch:
+            self.prefetch.stop()
         left = not pool.stop()
         self._stopping = True
         self._wake()
         self._thread.join(10)
         if left or self._thread.is_alive():
             serverlog("a thread does not end")
+        if self.prefetch:
+            self.prefetch.close()
         self._report(pool)
 
     def _report(self, pool):
         for host, trouble in pool.troubles():
-            bb.warn("Shared connections to %s were given up for a time: %s" % (host, trouble))
+            if host not in self.told:
+                bb.warn("Shared connections to %s were given up for a time: %s" % (host, trouble))
+        seconds = time.monotonic() - self._started
+        for origin, done in pool.hosts():
+            bb.debug(1, "Sstate network, %s://%s: %s" % (origin.scheme, origin.host, summary("%s files" % done.files, done, seconds)))
         done = pool.statistics
         if done.requests:
-            bb.note("Sstate network: %s objects, %.1f MiB in %.1f s, %s requests over %s connections (%s retries, %s refusals)" %
-                    (self.objects, done.bytes / 1048576, time.monotonic() - self._started, done.requests,
-                     done.connections, done.retries, done.refusals))
+            bb.note("Sstate network: %s" % summary("%s objects" % self.objects, done, seconds))
+            bb.event.fire(bb.event.SstateNetworkSummary(self.objects, done.bytes, seconds, done.requests, done.connections,
+                                                        done.retries, done.refusals), self.d)
+
+    def keep_from_children(self, *fds):
+        """Let forked children close fds, which are somebody else's"""
+        self._files.update(fds)
+
+    def close_kept(self, *fds):
+        """Close what was given to keep_from_children()"""
+        for fd in fds:
+            self._close(fd)
 
     def close_descriptors(self):
         """In a forked child: close what it shares with the server, touching no lock"""
@@ -217,7 +238,8 @@ class Connections:
         except Exception as e:
             serverlog("end because of %r" % e)
         finally:
-            pool = self.pool
+            # If that is not the end of the build, all goes on without
+            pool, self.memory = self.pool, None
             if pool:
                 pool.stop()
             for peer in list(self._peers.values()):
@@ -231,6 +253,12 @@ class Connections:
             sock, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
+        except OSError as e:
+            # No more descriptors, for example: the next peer that leaves lets others in
+            serverlog("cannot accept: %s" % e)
+            self._selector.unregister(listener)
+            self._listening = False
+            return
         sock.setblocking(False)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         if struct.unpack("3i", credentials)[1] != os.geteuid():
@@ -238,7 +266,7 @@ class Connections:
             return
         peer = self._peers[sock] = Peer(sock)
         self._selector.register(sock, selectors.EVENT_READ, self._ready)
-        self._send(peer, {"hello": protocol.VERSION, "schemes": ["http", "https"]})
+        self._send(peer, {"hello": protocol.VERSION, "schemes": sorted(CLASSES)})
         self._listen()
 
     def _listen(self):
@@ -323,7 +351,7 @@ class Connections:
                 raise ValueError("too many files at once")
             environment = {name: environment[name] for name in ENVIRONMENT if name in environment}
             request = Request(method, url, environment, verify, authorization, fd,
-                              lambda *args: self._done(peer, number, *args))
+                              done=lambda *args: self._done(peer, number, *args))
         except ValueError as e:
             self._close(fd)
             self._send(peer, {"id": number, "error": "url", "message": str(e)[:MAX_TEXT]})
@@ -332,11 +360,11 @@ class Connections:
         self._submit(request)
 
     def _submit(self, request):
-        pool = self.pool
-        if pool:
-            pool.submit(request)
+        memory = self.memory
+        if memory:
+            memory.submit(request)
         else:
-            request.done(request, None, ConnectionCacheError("the build has ended"))
+            request.done(request, None, Cancelled("the build has ended"))
 
     def _close(self, fd):
         if fd is not None:

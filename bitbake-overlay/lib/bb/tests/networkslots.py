@@ -6,6 +6,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
 
+import pickle
 import random
 import types
 import unittest
@@ -16,6 +17,7 @@ import bb.data
 import bb.networkslots
 import bb.parse
 import bb.runqueue
+import bb.ui.uihelper
 from bb.networkslots import NetworkSlots, limit_from, network_tasks
 from bb.presence import Presence
 
@@ -25,7 +27,8 @@ class Slots(NetworkSlots):
     def __init__(self, limit, tasks=(), setscene=(), rqdata=None):
         d = bb.data.init()
         d.setVar("BB_NUMBER_NETWORK_THREADS", limit)
-        super().__init__(d, Presence(rqdata))
+        super().__init__(Presence(rqdata, None))
+        self.limit = limit_from(d)
         self._tasks.update(tasks)
         self._setscene.update(setscene)
 
@@ -47,7 +50,7 @@ class LimitTest(unittest.TestCase):
                 with self.assertRaisesRegex(ValueError, '^Invalid BB_NUMBER_NETWORK_THREADS = "%s", allowed is .*$' % value):
                     limit_from(d)
                 with self.assertRaises(bb.BBHandledException), self.assertLogs("BitBake", "ERROR") as logs:
-                    NetworkSlots(d, None)
+                    NetworkSlots(None).prepare(d, None)
                 self.assertEqual(len(logs.output), 1)
 
 
@@ -79,7 +82,7 @@ class TasksTest(unittest.TestCase):
 
     def test_no_limit(self):
         slots = Slots(None)
-        slots.find_tasks(None)
+        slots.prepare(bb.data.init(), None)
         for n in range(100):
             self.assertTrue(slots.acquire("r%s:do_fetch" % n))
         buildable = {"a:do_fetch"}
@@ -170,6 +173,36 @@ class SlotsTest(unittest.TestCase):
         slots.release("a:do_fetch")
         self.assertEqual(slots.waiting(), set())
         self.assertIn("b:do_fetch", left())
+
+    def test_withhold(self):
+        class Scheduler(set):
+            newbuildable = set.add
+            removebuildable = set.discard
+        tasks = ["a:do_fetch", "b:do_fetch", "c:do_fetch", "d:do_fetch"]
+        slots = Slots("1", tasks=tasks)
+        slots.acquire("a:do_fetch")
+        slots.restore(self.fail)
+        buildable = set(tasks[1:]) | {"e:do_unpack"}
+        # It has removed its choice itself. d is covered, say.
+        scheduler = Scheduler(buildable - {"b:do_fetch"})
+        runs = lambda tid: tid != "d:do_fetch"
+        self.assertFalse(slots.acquire("b:do_fetch"))
+        self.assertTrue(slots.withhold(scheduler, "b:do_fetch", buildable, runs))
+        self.assertEqual(scheduler, {"d:do_fetch", "e:do_unpack"})
+        self.assertEqual(slots.withheld, {"b:do_fetch", "c:do_fetch"})
+        slots.restore(scheduler)
+        self.assertEqual(scheduler, {"d:do_fetch", "e:do_unpack"})
+        # It does not care
+        self.assertFalse(slots.withhold(scheduler, "b:do_fetch", buildable, runs))
+        # After a change of hashes they may not have to run any more
+        slots.reconsider()
+        slots.restore(scheduler)
+        self.assertEqual(scheduler, buildable)
+        self.assertEqual(slots.withheld, set())
+        self.assertTrue(slots.withhold(scheduler, "b:do_fetch", buildable, runs))
+        slots.release("a:do_fetch")
+        slots.restore(scheduler)
+        self.assertEqual(scheduler, buildable)
 
     def test_told_once(self):
         slots = Slots("1", tasks=["a:do_fetch"], setscene=["b:do_package"])
@@ -284,3 +317,30 @@ class SchedulerTest(unittest.TestCase):
                 covered = ["r03.bb:do_fetch", "r07.bb:do_fetch"]
                 self.assertEqual(self.order(scheduler, full=True, covered=covered),
                                  [tid for tid in everything if tid.endswith("do_compile") or tid in covered])
+
+
+class UIHelperTest(unittest.TestCase):
+    def event(self, stats):
+        event = object.__new__(bb.runqueue.runQueueTaskCompleted)
+        event.stats = pickle.loads(pickle.dumps(stats.copy()))
+        return event
+
+    def test_network(self):
+        slots = Slots("2", tasks=["a:do_fetch"])
+        stats = bb.runqueue.RunQueueStats(1, 0)
+        helper = bb.ui.uihelper.BBUIHelper()
+        slots.acquire("a:do_fetch")
+        for used in (1, 0):
+            stats.updateNetwork(slots)
+            helper.eventHandler(self.event(stats))
+            self.assertEqual((helper.network_used, helper.network_limit), (used, 2))
+            slots.release("a:do_fetch")
+
+    def test_older_event_log(self):
+        # Pickled by a version whose RunQueueStats know nothing of it
+        stats = bb.runqueue.RunQueueStats(1, 0)
+        stats.__dict__.pop("network_used", None)
+        stats.__dict__.pop("network_limit", None)
+        helper = bb.ui.uihelper.BBUIHelper()
+        helper.eventHandler(self.event(stats))
+        self.assertIsNone(helper.network_limit)

@@ -5,8 +5,9 @@
 # network, with the same calls into bb.fetch2 and bitbake's own hooks, but
 # one kind of object and no manifests. sstate_fetch() stands for
 # pstaging_fetch(), sstate_checkhashes() for the function of that name: one
-# datastore copy, PREMIRRORS from SSTATE_MIRRORS, a Fetch for each file.
-# On stock and patched trees it is the same; what differs is below fetch2.
+# datastore copy, PREMIRRORS from SSTATE_MIRRORS, and all files asked for at
+# once if bitbake can do that, else with a Fetch for each. It is the same on
+# stock and patched trees.
 
 SSTATE_PKGSPEC = "sstate:${PN}:${PACKAGE_ARCH}${TARGET_VENDOR}-${TARGET_OS}:${PV}:${PR}:${PACKAGE_ARCH}:14:"
 BB_HASHFILENAME = "False ${SSTATE_PKGSPEC} ${SSTATE_PKGSPEC}"
@@ -103,17 +104,30 @@ def setscene_depvalid(task, taskdependees, notneeded, d, log=None):
     # Every object is wanted, also one that only other objects depend on.
     return False
 
-def sstate_query_mirror(tasklist, d):
-    """Ask for each (tid, path below SSTATE_DIR) with a HEAD. Returns the set of tids that are there."""
+def sstate_query_mirror(tasklist, d, siginfo, presence):
+    """Ask for each (tid, path below SSTATE_DIR). Returns the set of tids that are there."""
+    title = "Checking sstate mirror object availability"
+    localdata = sstate_mirror_data(d)
+    # Stock bitbake passes none, and that of an early patch of the series cannot ask
+    if hasattr(presence, "query"):
+        sizes = presence.query([(tid, "file://" + name) for tid, name in tasklist], localdata, siginfo, title)
+        if sizes is not None:
+            if not siginfo and hasattr(presence, "fetchable"):
+                files = {tid: (name, name + ".siginfo") for tid, name in tasklist if tid in sizes}
+                presence.fetchable(files, bb.utils.to_filemode(d.getVar("OE_SHARED_UMASK")),
+                                   ("SSTATE_DIR", "SSTATE_MIRRORS", "SSTATE_MIRROR_ALLOW_NETWORK", "OE_SHARED_UMASK"))
+            return set(sizes)
+    return sstate_query_each(tasklist, localdata, title, d)
+
+def sstate_query_each(tasklist, localdata, title, d):
+    """As sstate_query_mirror(), with a Fetch for each object."""
     import concurrent.futures, itertools, queue, traceback
     found = set()
-    localdata = sstate_mirror_data(d)
     threads = min(int(d.getVar("BB_NUMBER_THREADS")), len(tasklist))
     caches = queue.Queue(threads)
     for _ in range(threads):
         caches.put(bb.fetch2.FetchConnectionCache())
     done = itertools.count(1)       # next() of it is atomic
-    title = "Checking sstate mirror object availability"
     progress = len(tasklist) >= 100
 
     def ask(item):
@@ -161,12 +175,11 @@ def sstate_checkhashes(sq_data, d, siginfo=False, currentcount=0, summary=True, 
         else:
             tasklist.append((tid, name))
     local = len(found)
-    if presence is not None:
-        # Stock bitbake passes none
+    if presence is not None and not siginfo:
         presence.local(found)
     if tasklist and d.getVar("SSTATE_MIRRORS"):
         wall, cpu = time.monotonic(), time.process_time()
-        found |= sstate_query_mirror(tasklist, d)
+        found |= sstate_query_mirror(tasklist, d, siginfo, presence)
         # Read by layer.py, which sums up the lines of a build.
         bb.plain("Presence query: %d objects, %.3f s, %.3f s CPU"
                  % (len(tasklist), time.monotonic() - wall, time.process_time() - cpu))

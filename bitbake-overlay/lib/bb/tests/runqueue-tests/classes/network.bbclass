@@ -1,10 +1,13 @@
 #
 # Tasks that log when they start and end, to count how many there are at the
 # same time. A task in PAIRTASKS ends when another one of PAIRTASKS has started,
-# or after some seconds; the others stay for a moment. Tasks in FAILTASKS fail.
+# and one in WAITTASKS, a list of task=other, when a task of that other name has
+# started, or after some seconds; the others stay for a moment. Tasks in
+# FAILTASKS fail.
 #
 
 PAIRTASKS ??= ""
+WAITTASKS ??= ""
 FAILTASKS ??= ""
 
 def spanlog(d, what):
@@ -21,15 +24,16 @@ python span_start() {
     if d.expand("${PN}:${BB_CURRENTTASK}") in d.getVar("FAILTASKS").split():
         raise bb.BBHandledException()
     pairtasks = d.getVar("PAIRTASKS").split()
-    if d.getVar("BB_CURRENTTASK") not in pairtasks:
+    waittask = dict(pair.split("=") for pair in d.getVar("WAITTASKS").split()).get(d.getVar("BB_CURRENTTASK"))
+    if d.getVar("BB_CURRENTTASK") not in pairtasks and not waittask:
         time.sleep(0.2)
         return
 
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with open(d.expand("${TOPDIR}/span.log")) as f:
-            started = [line for line in f if line.startswith("start") and line.split(":")[-1].strip() in pairtasks]
-        if len(started) > 1:
+            started = [line.split(":")[-1].strip() for line in f if line.startswith("start")]
+        if waittask in started or len([task for task in started if task in pairtasks]) > 1:
             return
         time.sleep(0.05)
 }
@@ -38,7 +42,7 @@ python span_end() {
     spanlog(d, "end")
 }
 
-SPANTASKS = "fetch unpack package populate_sysroot package_setscene populate_sysroot_setscene"
+SPANTASKS = "fetch unpack package populate_sysroot package_setscene populate_sysroot_setscene packagedata_setscene"
 
 python () {
     for task in d.getVar("SPANTASKS").split():

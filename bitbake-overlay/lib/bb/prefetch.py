@@ -1,0 +1,462 @@
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+"""
+Fetching sstate objects ahead of the setscene tasks that install them.
+
+The metadata has told which files the object of a setscene task consists of
+(presence.py). The bitbake server fetches them over the shared connections, in
+the order in which the tasks will be started if each object that exists can be
+installed. A task whose object is under way is not started before that is there,
+or has failed; so no task waits for the network, and installing and fetching
+overlap. Whatever is not fetched here is fetched by its task.
+
+BB_SETSCENE_PREFETCH is how many objects may have been fetched, or be under way,
+that no task has taken yet. A task that could be started now gets its object
+even so.
+
+The runqueue's thread owns all state and calls everything here, but for one
+function that is marked: it passes on the answers of the pool, and wakes the
+runqueue up.
+
+    prefetch = Prefetch(rqexe, connections, presence)
+    ...
+    prefetch.process()          # at each turn of the runqueue
+    if prefetch.awaits(tid):
+        ...                     # the task that could be started has to wait
+    prefetch.stop()
+"""
+
+import collections
+import logging
+import os
+import secrets
+import stat
+import time
+
+import bb
+import bb.fetch2
+from bb.connections import ConnectError, RefusedError, client
+from bb.connections.request import Request, last_modified
+
+logger = logging.getLogger("BitBake.RunQueue")
+
+# Objects under way at the same time, and files that are open for them, also those that nobody waits for any more
+MAX_UNDER_WAY = 48
+MAX_OPEN = 144
+# Seconds after which an object of which nothing more arrives is given up, whatever the connections say, and how
+# often that is looked at
+STALLED = 900
+LOOK_EACH = 10
+# Of its time the runqueue may spend one part in so many on finding out what comes next
+ORDER_SHARE = 20
+# Seconds between two progress events
+PROGRESS = 0.5
+
+
+class Transfer:
+    """
+    The files of an object that are under way. temporary is {name: its temporary path}, requests those
+    which have no answer yet, found the names which are complete. received and heard tell how many bytes had
+    arrived when that was last looked at, and when it had last changed.
+    """
+    def __init__(self, tid, files):
+        self.tid = tid
+        self.files = files
+        self.temporary = {}
+        self.requests = {}
+        self.found = []
+        self.error = None
+        self.received = 0
+        self.heard = time.monotonic()
+
+
+class Prefetch:
+    """
+    rqexe is the RunQueueExecute whose tasks it serves.
+
+    awaited     the tasks that could be started, but have to wait for their object
+    objects     how many were fetched
+    """
+    def __init__(self, rqexe, connections, presence):
+        self.awaited = set()
+        self.objects = 0
+        self.bytes = 0
+        self._rqexe = rqexe
+        self._connections = connections
+        self._presence = presence
+        self._window = connections.settings.prefetch if connections.memory and not rqexe.cooker.configuration.dry_run else 0
+        self._under_way = {}
+        # Under way or fetched, and not taken by its task yet
+        self._ahead = set()
+        # Those which were awaited, also when their object is there. Cleared with each change of what is started.
+        self._startable = set()
+        # Those of awaited that are not under way yet
+        self._wanted = collections.deque()
+        # {tid: files} that were tried, so that another name is another object
+        self._tried = {}
+        # Those which come next, whether that is to be found out (again), and not before when
+        self._order = collections.deque()
+        self._stale = True
+        self._again_at = 0
+        self._started = None
+        self._open = 0
+        # Of the last progress event, and of the last look for what has stalled
+        self._told = (0, 0)
+        self._told_at = self._looked_at = 0
+        self._answers = collections.deque()
+        self._wakeup = self._waker = None
+        if self._window:
+            self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            connections.keep_from_children(self._wakeup, self._waker)
+            connections.prefetch = self
+
+    def fds(self):
+        """What is readable when there is something to process"""
+        return [self._wakeup] if self._window else []
+
+    def changed(self):
+        """What will be started, and in which order, may have changed"""
+        self._stale = True
+        self._startable.clear()
+
+    # In the pool's threads
+
+    def _done(self, transfer, name, request, response, error):
+        self._answers.append((transfer, name, response, error))
+        self._wake()
+
+    def _wake(self):
+        try:
+            os.write(self._waker, b"x")
+        except (OSError, TypeError):
+            # Full: it will be awake. Closed: nobody waits any more.
+            pass
+
+    # In the runqueue's thread
+
+    def process(self):
+        """Take what has arrived, and ask for more. Does not block, but for the disk."""
+        if not self._window:
+            return
+        if self._connections.memory is None:
+            # The connections have ended before the build: the tasks know what to do
+            self.stop()
+            return
+        self._started = self._started or time.monotonic()
+        try:
+            os.read(self._wakeup, 4096)
+        except BlockingIOError:
+            pass
+        while self._answers:
+            self._answered(*self._answers.popleft())
+        self._forget()
+        first = []
+        while self._has_room() and self._wanted and self._may_start():
+            tid = self._wanted.popleft()
+            if self._fetchable(tid):
+                first += self._start(tid)
+            elif tid not in self._under_way:
+                self.awaited.discard(tid)
+        self._connections.memory.submit(*first, first=True)
+        # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
+        while self._has_room() and len(self._ahead) < self._window and self._connections.pool.well():
+            tid = self._following()
+            if tid is None:
+                break
+            self._connections.memory.submit(*self._start(tid))
+        self._tell()
+
+    def _has_room(self):
+        return len(self._under_way) < MAX_UNDER_WAY and self._open < MAX_OPEN
+
+    def _forget(self):
+        """Give up what no task will take"""
+        running = self._rqexe.sq_running
+        self._ahead = {tid for tid in self._ahead if tid not in running}
+        # A task may also be skipped, or given up, while it waits
+        self.awaited = {tid for tid in self.awaited if tid not in running}
+        for tid, transfer in list(self._under_way.items()):
+            if tid in running:
+                self._give_up(transfer, "its task does not run")
+            elif self._presence.files_of(tid) is not transfer.files:
+                self._give_up(transfer, "it has another hash now")
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_EACH:
+            return
+        self._looked_at = now
+        for transfer in list(self._under_way.values()):
+            received = sum(request.received for request in transfer.requests.values())
+            if received != transfer.received:
+                transfer.received, transfer.heard = received, now
+            elif now - transfer.heard > STALLED:
+                self._give_up(transfer, "nothing arrives for %s seconds" % STALLED)
+
+    def _may_start(self):
+        """Whether one more for a task that could be started: with a full window there may be one for each thread"""
+        return len(self._ahead) < self._window or len(self._startable & self._ahead) < self._rqexe.number_tasks
+
+    def awaits(self, tid):
+        """Whether tid, which could be started, has to wait for its object. If that is not under way it will be."""
+        if self._window and self._fetchable(tid):
+            if tid not in self.awaited:
+                self._wanted.append(tid)
+                # For the next turn
+                self._wake()
+        elif tid not in self._under_way:
+            self.awaited.discard(tid)
+            return False
+        self.awaited.add(tid)
+        self._startable.add(tid)
+        return True
+
+    def stop(self):
+        """Cancel what is under way, and leave no file behind. Does not block."""
+        if not self._window:
+            return
+        self._window = 0
+        self.awaited.clear()
+        self._wanted.clear()
+        self._order.clear()
+        for transfer in list(self._under_way.values()):
+            self._give_up(transfer, "no more is fetched ahead")
+        self._tell()
+
+    def close(self):
+        """After the connections have ended: they call it"""
+        while self._answers:
+            self._answered(*self._answers.popleft())
+        if self._wakeup is not None:
+            wakeup, waker, self._wakeup, self._waker = self._wakeup, self._waker, None, None
+            self._connections.close_kept(wakeup, waker)
+
+    def _following(self):
+        """The next task to fetch for, or None"""
+        now = time.monotonic()
+        if self._stale and now >= self._again_at:
+            self._order = collections.deque(tid for tid in order(self._rqexe) if self._fetchable(tid))
+            self._stale = False
+            # With thousands of tasks of which many fail it is not worth a large part of the time
+            self._again_at = time.monotonic() + ORDER_SHARE * (time.monotonic() - now)
+        while self._order:
+            tid = self._order.popleft()
+            if self._fetchable(tid):
+                return tid
+        return None
+
+    def _fetchable(self, tid):
+        """Whether there is something to fetch for tid, which was not tried"""
+        files = self._presence.files_of(tid)
+        return files and self._tried.get(tid) is not files and tid not in self._rqexe.sq_running and \
+            not self._presence.is_local(tid)
+
+    def _start(self, tid):
+        """Open the files of tid. Returns the requests for them, none if that is not possible or not needed."""
+        files = self._presence.files_of(tid)
+        self._tried[tid] = files
+        transfer = Transfer(tid, files)
+        try:
+            if os.path.exists(os.path.join(files.directory, files.names[0])):
+                raise FileExistsError("it is there")
+            # The first is the object, without which the others are of no use
+            requests = [self._request(transfer, name) for name in files.names]
+        except (OSError, ValueError, bb.fetch2.BBFetchException) as e:
+            logger.debug("Not fetching ahead for %s: %s", tid, e)
+            self.awaited.discard(tid)
+            self._close(transfer)
+            return []
+        logger.debug2("Fetching %s for %s", "now" if tid in self.awaited else "ahead", tid)
+        self._under_way[tid] = transfer
+        self._ahead.add(tid)
+        return requests
+
+    def _request(self, transfer, name):
+        path = os.path.join(transfer.files.directory, name)
+        make_directories(os.path.dirname(path), transfer.files.umask)
+        # Of our own: without the fetcher's lock somebody else may fetch the same
+        temporary = "%s.%s-%s.new" % (path, os.getpid(), secrets.token_hex(4))
+        members = transfer.files.describe(name)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._connections.keep_from_children(fd)
+        self._open += 1
+        transfer.temporary[name] = temporary
+        try:
+            os.fchmod(fd, 0o666 & ~transfer.files.umask)
+            request = Request(fd=fd, done=lambda *args: self._done(transfer, name, *args), **members)
+        except BaseException:
+            self._close_file(fd)
+            raise
+        transfer.requests[name] = request
+        return request
+
+    def _answered(self, transfer, name, response, error):
+        request = transfer.requests.pop(name)
+        try:
+            if self._under_way.get(transfer.tid) is transfer:
+                self._take(transfer, name, request.fd, response, error)
+        finally:
+            self._close_file(request.fd)
+        if not transfer.requests and self._under_way.get(transfer.tid) is transfer:
+            self._finish(transfer)
+
+    def _take(self, transfer, name, fd, response, error):
+        if response is not None and response.status == 200:
+            answer = client.Answer(200, response.length, last_modified(response.headers))
+            try:
+                if client.is_complete(transfer.temporary[name], fd, answer):
+                    transfer.found.append(name)
+                    return
+                error = "not complete"
+            except OSError as e:
+                error = e
+        elif response is not None:
+            error = "status %s" % response.status
+        if name != transfer.files.names[0]:
+            # There need not be each of the files that belong to an object, and the task goes on without as well
+            logger.debug2("No %s: %s", name, error)
+            return
+        transfer.error = error
+
+    def _finish(self, transfer):
+        """All of the files of an object were answered: install them, the object as the last"""
+        if not transfer.error:
+            try:
+                for name in reversed(transfer.files.names):
+                    if name in transfer.found:
+                        os.rename(transfer.temporary.pop(name), os.path.join(transfer.files.directory, name))
+            except OSError as e:
+                transfer.error = e
+        if transfer.error:
+            if isinstance(transfer.error, (ConnectError, RefusedError)) and transfer.tid not in self.awaited:
+                # It may be tried again when the mirror is there again
+                del self._tried[transfer.tid]
+                self._stale = True
+            self._give_up(transfer, transfer.error)
+            return
+        del self._under_way[transfer.tid]
+        self._close(transfer)
+        self.awaited.discard(transfer.tid)
+        self.objects += 1
+        self.bytes += transfer.files.size or 0
+        self._connections.objects += 1
+        if len(transfer.found) == len(transfer.files.names):
+            self._presence.local([transfer.tid])
+        logger.debug2("Fetched ahead for %s", transfer.tid)
+
+    def _give_up(self, transfer, reason):
+        """The task will fetch itself, if it is started"""
+        logger.debug("Not fetched ahead for %s: %s", transfer.tid, reason)
+        self._under_way.pop(transfer.tid, None)
+        self._ahead.discard(transfer.tid)
+        self.awaited.discard(transfer.tid)
+        for request in transfer.requests.values():
+            request.cancelled = True
+        self._unlink(transfer)
+
+    def _close_file(self, fd):
+        self._open -= 1
+        self._connections.close_kept(fd)
+
+    def _close(self, transfer):
+        for request in transfer.requests.values():
+            self._close_file(request.fd)
+        transfer.requests.clear()
+        self._unlink(transfer)
+
+    @staticmethod
+    def _unlink(transfer):
+        for path in transfer.temporary.values():
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+        transfer.temporary.clear()
+
+    def _tell(self):
+        """Fire a progress event, from time to time and at the end"""
+        now = time.monotonic()
+        ended = not self._under_way and not self._order
+        if not self.objects or not ended and now - self._told_at < PROGRESS or ended and self._told == (self.objects, self.objects):
+            return
+        left = [files.size or 0 for files in map(self._presence.files_of, self._left()) if files]
+        told = (self.objects, self.objects + len(left))
+        if told != self._told:
+            self._told_at, self._told = now, told
+            bb.event.fire(bb.event.SstateFetchProgress(*told, self.bytes, self.bytes + sum(left), now - self._started),
+                          self._rqexe.cfgData)
+
+    def _left(self):
+        """The tasks whose objects are under way, or to come"""
+        return list(self._under_way) + list(self._order)
+
+
+def make_directories(path, umask):
+    """As os.makedirs() with that umask, which belongs to the process and cannot be set here"""
+    if os.path.isdir(path):
+        return
+    make_directories(os.path.dirname(path), umask)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        return
+    os.chmod(path, os.stat(path).st_mode & stat.S_ISGID | 0o777 & ~umask)
+
+
+def order(rqexe):
+    """
+    Yield the setscene tasks that will be handed to a worker, in the order in which they could be started, if
+    each object that exists is installed. It goes the way that RunQueueExecute.execute() goes, on copies.
+    """
+    sqdata = rqexe.sqdata
+    notcovered = set(rqexe.scenequeue_notcovered)
+    covered = rqexe.scenequeue_covered | (rqexe.sq_running - notcovered)
+    done = covered | notcovered
+    notneeded = set(rqexe.scenequeue_notneeded)
+    needed = set(rqexe.sq_needed_harddeps)
+    queued = set()
+    # Tasks that hard dependencies let wait, by the first of these
+    held = {}
+    queue = collections.deque()
+
+    def add(tids):
+        new = [tid for tid in tids if tid not in queued and tid not in done]
+        queued.update(new)
+        queue.extend(new)
+
+    add(tid for tid in rqexe.rqdata.runq_setscene_tids if tid in rqexe.sq_buildable)
+    for tid in sorted(rqexe.sq_running - rqexe.scenequeue_covered - notcovered):
+        add(dep for dep in sorted(sqdata.sq_deps[tid]) if sqdata.sq_revdeps[dep] <= done)
+    while queue:
+        tid = queue.popleft()
+        if tid in done or rqexe.sq_deferred.get(tid, tid) != tid and rqexe.sq_deferred[tid] not in rqexe.runq_complete:
+            # Of a deferred task it is not known yet what becomes of it
+            continue
+        finished = [tid]
+        missing = [dep for dep in sorted(sqdata.sq_harddeps_rev.get(tid, ())) if dep not in done]
+        if rqexe.setscene_not_needed(tid, covered, needed, notneeded):
+            covered.add(tid)
+            notneeded.add(tid)
+        elif missing:
+            needed.update(missing)
+            held.setdefault(missing[0], []).append(tid)
+            add(missing)
+            continue
+        else:
+            outcome = rqexe.setscene_outcome(tid)
+            if outcome is None:
+                yield tid
+            if outcome == "fail":
+                # What needs it fails with it
+                finished += [other for other in sorted(sqdata.sq_harddeps.get(tid, ())) if other not in done]
+                notcovered.update(finished)
+            else:
+                covered.add(tid)
+        done.update(finished)
+        for one in finished:
+            add(dep for dep in sorted(sqdata.sq_deps[one]) if sqdata.sq_revdeps[dep] <= done)
+            waiting = held.pop(one, ())
+            queued.difference_update(waiting)
+            add(waiting)

@@ -1,0 +1,302 @@
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+"""
+One batch query for the presence of files on mirrors.
+
+Used by presence.py. Where a file may be is what fetch2 says: its own rules turn
+a URL into those of the mirrors, in the order in which it would try them, and a
+mirror is asked only for what those before it lack. http, https and sftp are
+asked over the shared connections, everything else (file, s3, a FETCHCMD_wget)
+by the fetcher's own checkstatus(), as many at a time as BB_NUMBER_THREADS.
+
+What is here runs in the caller's thread, but for two functions that are marked.
+They hand their answers over through a queue and an event.
+
+    query = Query(memory, d)
+    sizes = query.run([(tid, "file://..."), ...], update=print)
+    query.silent()          # the hosts that have left something unanswered
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import logging
+import threading
+import time
+
+import bb
+import bb.fetch2
+from bb.connections import (Cancelled, ConnectionCacheError, ProtocolError, RefusedError, StatusError, TimedOutError,
+                            client)
+from bb.connections.request import Request, Response, redact
+
+logger = logging.getLogger("BitBake.RunQueue")
+
+# Objects that are being asked for at the same time. What is behind them is not even turned into
+# URLs yet, for which much more memory is needed than for the answer.
+WINDOW = 2048
+
+# Requests that are handed over together: each wakes the threads of the connections up
+BATCH = 64
+
+# Seconds between two looks at the clock and at the user's interrupts, and between two updates of the progress
+STEP = 0.5
+PROGRESS = 0.2
+
+# Seconds without any answer after which something must be wrong here: a mirror that stays silent is given
+# up for much earlier
+DEADLINE = 900
+
+
+class Item:
+    """
+    An object that is being asked for. candidates are FetchData, where it may be; the first is the one asked
+    for now, and was at place in the list. request is None unless that is asked over the shared connections,
+    of host. silent are the Hosts that should have answered and did not.
+    """
+    __slots__ = ("tid", "ud", "candidates", "place", "request", "host", "silent")
+
+    def __init__(self, tid, ud, candidates):
+        self.tid = tid
+        self.ud = ud
+        self.candidates = candidates
+        self.place = 0
+        self.request = None
+        self.host = None
+        self.silent = ()
+
+
+class Host:
+    """What became of the requests to a mirror. reason is why the first that has no answer has none."""
+
+    def __init__(self, name):
+        self.name = name
+        self.asked = self.unanswered = 0
+        self.reason = None
+        # Whether it can be thought to answer later: it has answered something, if only by refusing
+        self.alive = False
+
+
+class Locations:
+    """Where files may be, and how they are asked for there, with the fetcher's settings of d"""
+
+    def __init__(self, d):
+        self.d = d
+        self._premirrors = bb.fetch2.mirror_from_string(d.getVar("PREMIRRORS"))
+        self._mirrors = bb.fetch2.mirror_from_string(d.getVar("MIRRORS"))
+        self._environments = {}
+
+    def find(self, url):
+        """The FetchData of url, and the list of those where the fetcher would look, itself among them"""
+        ud = bb.fetch2.FetchData(url, self.d)
+        ud.setup_localpath(self.d)
+        uds = bb.fetch2.build_mirroruris(ud, self._premirrors, self.d)[1]
+        uds.append(ud)
+        if self._mirrors:
+            uds += bb.fetch2.build_mirroruris(ud, self._mirrors, self.d)[1]
+        return ud, uds
+
+    def describe(self, method, ud):
+        """The members of a Request for ud"""
+        if ud.type not in self._environments:
+            self._environments[ud.type] = client.environment(ud.type, self.d)
+        verify = ud.type == "sftp" or ud.method.check_certs(self.d)
+        return client.describe(method, ud, self._environments[ud.type], verify)
+
+
+class Query:
+    """memory is where requests are submitted, d has the fetcher's settings"""
+
+    def __init__(self, memory, d):
+        # {task id: where its object was found over the shared connections, as Locations.find() counts}
+        self.places = {}
+        self.locations = Locations(d.createCopy())
+        self._memory = memory
+        self._d = self.locations.d
+        self._network = not bb.utils.to_boolean(d.getVar("BB_NO_NETWORK"))
+        self._hosts = {}
+        self._sizes = {}
+        # Those of which nothing is known
+        self._unknown = []
+        self._pending = set()
+        self._requests = []
+        self._answers = collections.deque()
+        self._answered = threading.Event()
+        self._executor = None
+        self._ended = False
+        self._caches = threading.local()
+        self._caches_made = []
+        self._stack = contextlib.ExitStack()
+
+    def run(self, objects, update):
+        """
+        Ask for objects, a list of (task id, file:// URL). update(n) is called with how many are
+        answered, not more often than each PROGRESS seconds. Blocks until all are answered. Returns
+        {task id: size, or None if it was not told, or it is not known whether there is the object}.
+        Raises BBHandledException if the user interrupts, and TimedOutError.
+        """
+        with self._stack:
+            try:
+                self._loop(collections.deque(objects), update)
+            except BaseException:
+                for item in self._pending:
+                    if item.request:
+                        item.request.cancelled = True
+                self._ended = True
+                raise
+        self._sizes.update((item.tid, None) for item in self._unknown if any(host.alive for host in item.silent))
+        return self._sizes
+
+    def silent(self):
+        """The Hosts that have left something unanswered"""
+        return [host for host in self._hosts.values() if host.unanswered]
+
+    def _loop(self, waiting, update):
+        total = len(waiting)
+        heard = shown = time.monotonic()
+        while waiting or self._pending:
+            for _ in range(min(BATCH, len(waiting), WINDOW - len(self._pending))):
+                self._begin(*waiting.popleft())
+            requests, self._requests = self._requests, []
+            self._memory.submit(*requests)
+            if not self._answers and (len(self._pending) >= WINDOW or not waiting):
+                self._answered.wait(STEP)
+            self._answered.clear()
+            now = time.monotonic()
+            while self._answers:
+                heard = now
+                self._conclude(*self._answers.popleft())
+            bb.event.check_for_interrupts()
+            if now - shown >= PROGRESS:
+                shown = now
+                update(total - len(waiting) - len(self._pending))
+            if now - heard > DEADLINE:
+                raise TimedOutError("no answer for %s seconds" % DEADLINE)
+
+    # An object
+
+    def _begin(self, tid, url):
+        """Find out where it may be, and ask there first"""
+        try:
+            ud, uds = self.locations.find(url)
+        except bb.fetch2.BBFetchException as e:
+            logger.debug2("Presence of %s cannot be asked for: %s", redact(url), e)
+            return
+        item = Item(tid, ud, collections.deque(uds))
+        self._pending.add(item)
+        self._ask(item)
+
+    def _ask(self, item):
+        """Ask for the first candidate of item. Without any it is missing, or not known."""
+        while item.candidates:
+            if self._ask_for(item, item.candidates[0]):
+                return
+            item.candidates.popleft()
+            item.place += 1
+        self._pending.discard(item)
+        if item.silent:
+            self._unknown.append(item)
+
+    def _ask_for(self, item, ud):
+        """Returns False if ud is not asked for"""
+        item.request = None
+        if ud is item.ud and ud.type == "file":
+            # The metadata has looked there
+            return False
+        if not client.supports(ud, self._d):
+            self._check(item, ud)
+            return True
+        if not self._network:
+            return False
+        try:
+            request = Request(done=lambda *args: self._done(item, *args), **self.locations.describe("HEAD", ud))
+        except ValueError as e:
+            # A proxy that is not http, for example: the fetcher may know what to do
+            logger.debug2("%s: not over shared connections: %s", redact(ud.url), e)
+            self._check(item, ud)
+            return True
+        item.request = request
+        if request.origin not in self._hosts:
+            self._hosts[request.origin] = Host(request.origin.host)
+        # A redirect leads the request elsewhere, but the mirror it is
+        item.host = self._hosts[request.origin]
+        item.host.asked += 1
+        self._requests.append(request)
+        return True
+
+    def _conclude(self, item, response, error):
+        """The first candidate of item was asked for"""
+        if item.request is not None:
+            if type(error) in (Cancelled, ConnectionCacheError):
+                # The connections have ended, or have a fault: that says nothing of the mirror
+                raise error
+            host = item.host
+            host.alive = host.alive or error is None or isinstance(error, (RefusedError, ProtocolError, StatusError))
+            if error or response.status >= 500:
+                host.unanswered += 1
+                host.reason = host.reason or (str(error) if error else "status %s" % response.status)
+                item.silent += (host,)
+        elif error is not None:
+            bb.error("Presence of %s cannot be asked for: %r" % (redact(item.candidates[0].url), error))
+        if response is not None and response.status == 200:
+            self._sizes[item.tid] = response.length
+            if item.request is not None:
+                self.places[item.tid] = item.place
+            self._pending.discard(item)
+            return
+        item.candidates.popleft()
+        item.place += 1
+        self._ask(item)
+
+    # Over the shared connections
+
+    def _done(self, item, request, response, error):
+        """In a thread of the pool"""
+        self._answers.append((item, response, error))
+        self._answered.set()
+
+    # By the fetcher's own means
+
+    def _check(self, item, ud):
+        if self._executor is None:
+            # Once for all threads: the environment belongs to the process
+            self._stack.enter_context(bb.utils.environment(**bb.fetch2.get_fetcher_environment(self._d)))
+            bb.event.enable_threadlock()
+            self._stack.callback(bb.event.disable_threadlock)
+            threads = int(self._d.getVar("BB_NUMBER_THREADS") or 1)
+            self._stack.callback(self._close_caches)
+            self._executor = self._stack.enter_context(concurrent.futures.ThreadPoolExecutor(threads))
+        self._executor.submit(self._checkstatus, item, ud)
+
+    def _close_caches(self):
+        for cache in self._caches_made:
+            cache.close_connections()
+
+    def _checkstatus(self, item, ud):
+        """In a thread of the executor"""
+        response = error = None
+        try:
+            if not self._ended and not bb.event._should_exit.is_set() and self._found(item, ud):
+                response = Response(200, {}, None)
+        except bb.fetch2.BBFetchException as e:
+            logger.debug2("%s: %s", redact(ud.url), e)
+        except Exception as e:
+            error = e
+        self._answers.append((item, response, error))
+        self._answered.set()
+
+    def _found(self, item, ud):
+        """What Fetch.checkstatus() does with one of the URLs"""
+        if not hasattr(self._caches, "connections"):
+            self._caches.connections = bb.fetch2.FetchConnectionCache()
+            self._caches_made.append(self._caches.connections)
+        d = self._d.createCopy()
+        d.setVar("SRC_URI", item.ud.url)
+        fetch = bb.fetch2.Fetch([item.ud.url], d, cache=False, connection_cache=self._caches.connections)
+        if ud is item.ud:
+            return ud.method.checkstatus(fetch, ud, d)
+        return bb.fetch2.try_mirror_url(fetch, item.ud, ud, d, True)

@@ -1,0 +1,465 @@
+#
+# BitBake tests for fetching sstate objects ahead of their tasks
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+import collections
+import os
+import random
+import shutil
+import stat
+import tempfile
+import types
+import unittest
+import unittest.mock
+
+import bb
+import bb.event
+from bb import prefetch
+from bb.connections import ConnectError, DestinationError
+from bb.connections.request import Response
+from bb.prefetch import Prefetch, order
+
+
+class Files:
+    """As those of presence.py, with the mirror left out"""
+
+    def __init__(self, directory, tid, number=0):
+        self.directory = directory
+        name = "ab/%s-%s" % (tid, number)
+        self.names = (name, name + ".siginfo")
+        self.size = 5
+        self.umask = 0o002
+
+    def describe(self, name):
+        return {"method": "GET", "url": "http://mirror.example/" + name, "environment": {}}
+
+
+class Connections:
+    """The pool: what was asked is in the list asked, answer() answers the oldest, or the one of a name"""
+
+    def __init__(self, window):
+        self.settings = types.SimpleNamespace(prefetch=window)
+        self.memory = self.pool = self
+        self.healthy = True
+        self.objects = 0
+        self.open = set()
+        self.asked = []
+
+    def submit(self, *requests, first=False):
+        self.asked = list(requests) + self.asked if first else self.asked + list(requests)
+
+    def well(self):
+        return self.healthy
+
+    def keep_from_children(self, *fds):
+        self.open.update(fds)
+
+    def close_kept(self, *fds):
+        for fd in fds:
+            self.open.remove(fd)
+            os.close(fd)
+
+    def answer(self, request=None, status=200, body=b"hello", error=None):
+        request = request or self.asked[0]
+        self.asked.remove(request)
+        if status == 200 and not error:
+            os.pwrite(request.fd, body, 0)
+        request.done(request, None if error else Response(status, {}, len(body)), error)
+
+    def tids(self):
+        """Of what was asked, in its order"""
+        return list(dict.fromkeys(os.path.basename(request.url).partition("-")[0]
+                                  for request in self.asked if not request.cancelled))
+
+
+class Queue:
+    """What prefetch.py needs of RunQueueExecute: a chain of tasks a, b, c... unless deps says otherwise"""
+
+    def __init__(self, deps, threads=2):
+        self.cooker = types.SimpleNamespace(configuration=types.SimpleNamespace(dry_run=False))
+        self.cfgData = None
+        self.number_tasks = threads
+        revdeps = {tid: {other for other in deps if tid in deps[other]} for tid in deps}
+        self.rqdata = types.SimpleNamespace(runq_setscene_tids=list(deps))
+        self.sqdata = types.SimpleNamespace(sq_deps=deps, sq_revdeps=revdeps, sq_harddeps={}, sq_harddeps_rev={})
+        self.sq_buildable = {tid for tid in deps if not revdeps[tid]}
+        self.sq_running = set()
+        self.scenequeue_covered = set()
+        self.scenequeue_notcovered = set()
+        self.scenequeue_notneeded = set()
+        self.sq_needed_harddeps = set()
+        self.sq_deferred = {}
+        self.runq_complete = set()
+        self.outcomes = {}
+        self.unneeded = set()
+
+    def setscene_not_needed(self, task, covered, needed, notneeded):
+        return task in self.unneeded and task not in needed and self.sqdata.sq_revdeps[task] <= covered
+
+    def setscene_outcome(self, task):
+        return self.outcomes.get(task)
+
+    def finish(self, task, covered=True):
+        (self.scenequeue_covered if covered else self.scenequeue_notcovered).add(task)
+        done = self.scenequeue_covered | self.scenequeue_notcovered
+        for dep in self.sqdata.sq_deps[task]:
+            if self.sqdata.sq_revdeps[dep] <= done:
+                self.sq_buildable.add(dep)
+
+
+class OrderTest(unittest.TestCase):
+    deps = {"a": {"c"}, "b": {"c", "d"}, "c": {"e"}, "d": set(), "e": set()}
+
+    def test_as_they_become_buildable(self):
+        self.assertEqual(list(order(Queue(self.deps))), ["a", "b", "c", "d", "e"])
+
+    def test_what_is_not_needed(self):
+        queue = Queue(self.deps)
+        queue.unneeded = {"c"}
+        self.assertEqual(list(order(queue)), ["a", "b", "d", "e"])
+
+    def test_outcomes(self):
+        queue = Queue(self.deps)
+        queue.outcomes = {"a": "fail", "d": "skip"}
+        queue.unneeded = {"c"}
+        # Not all that would use c is covered
+        self.assertEqual(list(order(queue)), ["b", "c", "e"])
+
+    def test_what_has_run(self):
+        queue = Queue(self.deps)
+        queue.sq_running = {"a", "b"}
+        queue.finish("a")
+        queue.finish("b", covered=False)
+        queue.sq_running.add("c")
+        self.assertEqual(list(order(queue)), ["d", "e"])
+
+    def test_deferred(self):
+        queue = Queue(self.deps)
+        queue.sq_deferred = {"b": "x"}
+        self.assertEqual(list(order(queue)), ["a"])
+        queue.runq_complete = {"x"}
+        self.assertEqual(list(order(queue)), ["a", "b", "c", "d", "e"])
+
+    def test_hard_dependency_that_fails(self):
+        queue = Queue(self.deps)
+        queue.sqdata.sq_harddeps = {"e": {"a"}}
+        queue.sqdata.sq_harddeps_rev = {"a": {"e"}}
+        queue.outcomes = {"e": "fail"}
+        self.assertEqual(list(order(queue)), ["b", "d", "c"])
+
+    def test_hard_dependencies(self):
+        queue = Queue(self.deps)
+        queue.sqdata.sq_harddeps_rev = {"a": {"e"}}
+        queue.unneeded = {"e"}
+        # It is started for that, and needed then
+        self.assertEqual(list(order(queue)), ["b", "e", "d", "a", "c"])
+
+
+class PrefetchTest(unittest.TestCase):
+    def setUp(self):
+        self.tempdir = tempfile.mkdtemp(prefix="bitbake-prefetch-")
+        self.addCleanup(shutil.rmtree, self.tempdir)
+        patch = unittest.mock.patch("bb.event.fire")
+        self.fire = patch.start()
+        self.addCleanup(patch.stop)
+
+    def make(self, deps, window=2, threads=2):
+        self.queue = Queue(deps, threads)
+        self.connections = Connections(window)
+        self.files = {tid: Files(self.tempdir, tid) for tid in deps}
+        self.local = []
+        self.presence = types.SimpleNamespace(files_of=self.files.get, local=self.local.extend, is_local=self.local.__contains__)
+        self.prefetch = Prefetch(self.queue, self.connections, self.presence)
+        self.addCleanup(self.close)
+
+    def close(self):
+        self.prefetch.stop()
+        while self.connections.asked:
+            self.connections.answer(error=ConnectError("the end"))
+        self.prefetch.close()
+        self.assertEqual(self.connections.open, set())
+        self.assertEqual([name for name in self.names() if name.endswith(".new")], [])
+
+    def names(self):
+        return sorted(os.path.relpath(os.path.join(where, name), self.tempdir)
+                      for where, _, names in os.walk(self.tempdir) for name in names)
+
+    chain = {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"e"}, "e": set()}
+
+    def test_window(self):
+        self.make(self.chain)
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["a", "b"])
+        while self.connections.asked:
+            self.connections.answer()
+        self.prefetch.process()
+        # Fetched, but not taken yet
+        self.assertEqual((self.connections.tids(), self.local), ([], ["a", "b"]))
+        self.queue.sq_running.add("a")
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["c"])
+
+    def test_landing(self):
+        """The siginfo is there before the object, and both have the mode that the umask leaves"""
+        self.make({"a": set()})
+        self.prefetch.process()
+        self.assertTrue(self.prefetch.awaits("a"))
+        self.connections.answer()
+        self.prefetch.process()
+        self.assertEqual([name.endswith(".new") for name in self.names()], [True, True])
+        self.assertTrue(self.prefetch.awaits("a"))
+        self.connections.answer()
+        with unittest.mock.patch("os.rename", wraps=os.rename) as rename:
+            self.prefetch.process()
+        self.assertEqual([os.path.basename(call[0][1]) for call in rename.call_args_list], ["a-0.siginfo", "a-0"])
+        self.assertEqual(self.names(), ["ab/a-0", "ab/a-0.siginfo"])
+        self.assertEqual({stat.S_IMODE(os.stat(os.path.join(self.tempdir, name)).st_mode) for name in self.names()}, {0o664})
+        self.assertEqual(stat.S_IMODE(os.stat(self.tempdir + "/ab").st_mode), 0o775)
+        self.assertFalse(self.prefetch.awaits("a"))
+        self.assertEqual((self.local, self.connections.objects, self.prefetch.awaited), (["a"], 1, set()))
+
+    def test_without_a_siginfo(self):
+        self.make({"a": set()})
+        self.prefetch.process()
+        self.connections.answer()
+        self.connections.answer(status=404)
+        self.prefetch.process()
+        self.assertEqual(self.names(), ["ab/a-0"])
+
+    def test_two_builds_with_one_directory(self):
+        """What one of them has fetched is never what the other has not yet"""
+        self.make({"a": set()})
+        self.prefetch.process()
+        self.connections.answer()
+        other = PrefetchTest()
+        other.tempdir = self.tempdir
+        other.make({"a": set()})
+        other.prefetch.process()
+        os.pwrite(other.connections.asked[0].fd, b"he", 0)
+        self.connections.answer()
+        self.prefetch.process()
+        with open(self.tempdir + "/ab/a-0", "rb") as f:
+            self.assertEqual(f.read(), b"hello")
+        other.close()
+        self.assertEqual(self.names(), ["ab/a-0", "ab/a-0.siginfo"])
+
+    def test_connections_that_have_ended(self):
+        self.make(self.chain)
+        self.prefetch.process()
+        self.assertTrue(self.prefetch.awaits("a"))
+        self.connections.memory = None
+        self.prefetch.process()
+        self.assertFalse(self.prefetch.awaits("a"))
+
+    def test_mirror_that_is_gone_for_a_time(self):
+        """Nothing is tried in vain, and it goes on afterwards"""
+        self.make(self.chain)
+        self.prefetch.process()
+        self.connections.healthy = False
+        while self.connections.asked:
+            self.connections.answer(error=ConnectError("gone"))
+        self.prefetch.process()
+        self.assertEqual(self.connections.asked, [])
+        self.connections.healthy = True
+        self.prefetch._again_at = 0
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["a", "b"])
+
+    def test_descriptors(self):
+        """Those of requests that were given up are open until the pool has looked at them"""
+        self.make({"t%s" % n: set() for n in range(100)}, window=100)
+        for number in range(20):
+            self.prefetch.process()
+            self.files.update({tid: Files(self.tempdir, tid, number + 1) for tid in self.files})
+        self.assertLessEqual(len(self.connections.open), prefetch.MAX_OPEN + 3)
+
+    def test_what_is_there(self):
+        self.make({"a": set(), "b": set()})
+        os.makedirs(self.tempdir + "/ab")
+        with open(self.tempdir + "/ab/a-0", "w"):
+            pass
+        self.local.append("b")
+        self.prefetch.process()
+        self.assertEqual(self.connections.asked, [])
+        self.assertFalse(self.prefetch.awaits("a") or self.prefetch.awaits("b"))
+
+    def test_skipped_while_it_is_under_way(self):
+        self.make({"a": set()})
+        self.prefetch.process()
+        self.prefetch.awaits("a")
+        self.queue.sq_running.add("a")
+        self.prefetch.process()
+        self.assertTrue(all(request.cancelled for request in self.connections.asked))
+        self.assertEqual((self.names(), self.prefetch.awaited), ([], set()))
+
+    def test_stalled(self):
+        self.make({"a": set()})
+        self.prefetch.process()
+        self.prefetch.awaits("a")
+        with unittest.mock.patch.object(prefetch, "STALLED", -1), unittest.mock.patch.object(prefetch, "LOOK_EACH", 0):
+            self.prefetch.process()
+        self.assertFalse(self.prefetch.awaits("a"))
+
+    def test_failures(self):
+        """Whatever it is, nothing is left, and the task is started and does what it always did"""
+        for answer in ({"status": 404}, {"status": 500}, {"error": ConnectError("gone")}, {"error": DestinationError("full")}):
+            for other in (False, True):
+                with self.subTest(answer=answer, other=other):
+                    self.make({"a": set()})
+                    self.prefetch.process()
+                    self.assertTrue(self.prefetch.awaits("a"))
+                    self.connections.answer(self.connections.asked[other], **answer)
+                    self.connections.answer()
+                    self.prefetch.process()
+                    # The siginfo does not matter
+                    self.assertEqual(self.names(), ["ab/a-0"] if other else [])
+                    self.assertFalse(self.prefetch.awaits("a"))
+                    self.assertEqual(self.local, [])
+                    self.close()
+                    shutil.rmtree(self.tempdir + "/ab")
+
+    def test_size_that_is_not_what_was_told(self):
+        self.make({"a": set()})
+        self.prefetch.process()
+        request = self.connections.asked[0]
+        os.pwrite(request.fd, b"more than that", 0)
+        self.connections.answer(request)
+        self.connections.answer()
+        self.prefetch.process()
+        self.assertEqual(self.names(), [])
+
+    def test_directory_that_cannot_be_written(self):
+        self.make({"a": set(), "b": set()})
+        with unittest.mock.patch("os.open", side_effect=PermissionError):
+            self.prefetch.process()
+            self.assertFalse(self.prefetch.awaits("a"))
+        self.assertEqual(self.connections.asked, [])
+
+    def test_buildable_beyond_the_window(self):
+        """What was fetched ahead and cannot be started yet must not keep out what could be"""
+        self.make({"a": {"c"}, "b": {"c"}, "c": set(), "d": set(), "e": set()}, window=1, threads=2)
+        self.queue.sq_buildable = {"a"}
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["a"])
+        for tid in ("b", "d", "e"):
+            self.assertTrue(self.prefetch.awaits(tid))
+        self.prefetch.process()
+        # One for each thread, ahead of others
+        self.assertEqual(set(self.connections.tids()), {"a", "b", "d"})
+        self.assertEqual(self.connections.tids(), ["b", "d", "a"])
+
+    def test_another_hash(self):
+        self.make({"a": set()})
+        self.prefetch.process()
+        old = list(self.connections.asked)
+        self.files["a"] = Files(self.tempdir, "a", 1)
+        self.prefetch.changed()
+        self.prefetch._again_at = 0
+        self.prefetch.process()
+        self.assertTrue(all(request.cancelled for request in old))
+        new = [request for request in self.connections.asked if request not in old]
+        self.assertEqual(len(new), 2)
+        for request in old + new:
+            self.connections.answer(request)
+        self.prefetch.process()
+        self.assertEqual(self.names(), ["ab/a-1", "ab/a-1.siginfo"])
+
+    def test_stop(self):
+        self.make(self.chain)
+        self.prefetch.process()
+        self.prefetch.awaits("a")
+        self.prefetch.stop()
+        self.assertEqual((self.names(), self.prefetch.awaited, self.prefetch.fds()), ([], set(), []))
+        self.assertTrue(all(request.cancelled for request in self.connections.asked))
+        self.assertFalse(self.prefetch.awaits("b"))
+
+    def test_off(self):
+        self.make(self.chain, window=0)
+        self.prefetch.process()
+        self.assertFalse(self.prefetch.awaits("a"))
+        self.assertEqual(self.connections.asked, [])
+
+    def test_progress(self):
+        self.make({"a": set()})
+        self.prefetch.process()
+        self.fire.assert_not_called()
+        self.connections.answer()
+        self.connections.answer()
+        self.prefetch.process()
+        event = self.fire.call_args[0][0]
+        self.assertIsInstance(event, bb.event.SstateFetchProgress)
+        self.assertEqual((event.objects, event.total, event.size, event.total_size), (1, 1, 5, 5))
+
+    def random_graph(self, rand):
+        tids = ["t%02d" % n for n in range(rand.randint(1, 25))]
+        return {tid: set(rand.sample(tids[n + 1:], min(len(tids) - n - 1, rand.randint(0, 3)))) for n, tid in enumerate(tids)}
+
+    def test_model(self):
+        """
+        Random graphs, with tasks that are skipped, fail or get another hash, and objects that fail to arrive: each
+        task is started in the end, none whose object is under way, nothing is fetched for what is known to be
+        skipped, and the window is kept.
+        """
+        for seed in range(200):
+            rand = random.Random(seed)
+            with self.subTest(seed=seed), unittest.mock.patch.object(prefetch, "MAX_UNDER_WAY", rand.randint(1, 6)):
+                self.play(rand)
+                self.close()
+                shutil.rmtree(self.tempdir + "/ab", ignore_errors=True)
+
+    def play(self, rand):
+        window, threads = rand.randint(1, 5), rand.randint(1, 3)
+        self.make(self.random_graph(rand), window, threads)
+        queue, connections = self.queue, self.connections
+        tids = list(self.files)
+        queue.outcomes = {tid: rand.choice(("skip", "fail")) for tid in tids if rand.random() < 0.2}
+        self.files = {tid: files for tid, files in self.files.items() if rand.random() < 0.8}
+        skipped, fetched, running = set(queue.outcomes), set(), []
+        for step in range(2000):
+            self.prefetch.process()
+            fetched.update(connections.tids())
+            self.assertFalse(fetched & skipped)
+            self.assertEqual(self.prefetch.awaited & queue.sq_running, set())
+            under_way = connections.tids()
+            choices = []
+            buildable = [tid for tid in tids if tid in queue.sq_buildable and tid not in queue.sq_running]
+            for tid in buildable:
+                if tid in queue.outcomes:
+                    choices.append(("outcome", tid))
+                elif len(running) < threads and not self.prefetch.awaits(tid):
+                    choices.append(("start", tid))
+            choices += [("answer", request) for request in connections.asked[:3]] + [("end", tid) for tid in running]
+            if not choices:
+                # Those which wait get their turn with the next process()
+                waiting = [tid for tid in buildable if tid in self.prefetch.awaited]
+                self.assertTrue(not buildable or waiting)
+                if not buildable:
+                    break
+                continue
+            what, subject = rand.choice(choices)
+            if what == "outcome":
+                queue.sq_running.add(subject)
+                queue.finish(subject, queue.outcomes[subject] == "skip")
+            elif what == "start":
+                self.assertNotIn(subject, under_way)
+                queue.sq_running.add(subject)
+                running.append(subject)
+            elif what == "answer":
+                connections.answer(subject, **rand.choice([{}, {}, {}, {"status": 404}, {"error": ConnectError("gone")}]))
+            else:
+                running.remove(subject)
+                covered = rand.random() < 0.8
+                queue.finish(subject, covered)
+                if not covered:
+                    self.prefetch.changed()
+            if rand.random() < 0.05 and self.files:
+                tid = rand.choice(sorted(self.files))
+                if tid not in queue.sq_running:
+                    self.files[tid] = Files(self.tempdir, tid, step + 1)
+                    self.prefetch.changed()
+        self.assertEqual(queue.sq_running, set(tids))
+        self.assertEqual(running, [])

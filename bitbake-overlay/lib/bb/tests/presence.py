@@ -1,0 +1,295 @@
+#
+# BitBake tests for the query for sstate objects
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+import os
+import socket
+import types
+import unittest.mock
+
+import bb
+import bb.event
+import bb.fetch2
+import bb.parse
+from bb.connections import host, settings
+from bb.connections.memory import Memory
+from bb.connections.pool import Pool
+from bb.presence import Presence
+from bb.tests.connections import ConnectionsTest
+
+
+class PresenceTest(ConnectionsTest):
+    def setUp(self):
+        super().setUp()
+        for name, value in (("PAUSE", 0.01), ("MAX_PAUSE", 0.05), ("BREAKER_PAUSE", 60)):
+            patch = unittest.mock.patch.object(host, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.pool = Pool(2, 16, timeout=10)
+        self.addCleanup(self.pool.stop)
+        self.sstatedir = os.path.join(self.tempdir, "sstate")
+        for name in ("DL_DIR", "FILESPATH"):
+            self.d.setVar(name, self.sstatedir)
+        self.d.setVar("TOPDIR", self.tempdir)
+        self.d.setVar("FILE", "x.bb")
+        self.d.setVar("BB_NUMBER_THREADS", "4")
+        self.hashes = {}
+        self.presence = self.make()
+
+    def make(self):
+        entries = types.SimpleNamespace(runtaskentries=self.hashes)
+        connections = types.SimpleNamespace(memory=Memory(self.pool), told=set(), settings=settings(self.d))
+        return Presence(entries, connections)
+
+    def mirrors(self, *lines):
+        self.d.setVar("PREMIRRORS", " ".join(lines))
+
+    def query(self, names, **kwargs):
+        """{name: size} of those that exist"""
+        for name in names:
+            self.hashes[name] = types.SimpleNamespace(unihash="hash of " + name)
+        return self.presence.query([(name, "file://" + name) for name in names], self.d, **kwargs)
+
+    def paths(self, mirror):
+        return sorted(path for _, path, _ in mirror.requests)
+
+
+class MirrorRulesTest(PresenceTest):
+    """What fetch2 makes of SSTATE_MIRRORS, which the metadata puts into PREMIRRORS"""
+
+    def test_path(self):
+        mirror = self.mirror()
+        self.mirrors("file://.* %s/PATH;downloadfilename=PATH" % mirror.url)
+        self.assertEqual(self.query(["ab/5", "cd/70000"]), {"ab/5": 5, "cd/70000": 70000})
+        self.assertEqual(self.paths(mirror), ["/ab/5", "/cd/70000"])
+        self.assertEqual({command for command, _, _ in mirror.requests}, {"HEAD"})
+
+    def test_second_mirror_is_asked_for_what_the_first_lacks(self):
+        first, second = self.mirror(), self.mirror()
+        self.mirrors("file://.* %s/PATH" % first.url, "file://.* %s/PATH" % second.url)
+        found = self.query(["ab/%s" % n for n in range(20)] + ["status/404"])
+        self.assertEqual(found, {"ab/%s" % n: n for n in range(20)})
+        self.assertEqual(set(self.paths(first)), {"/ab/%s" % n for n in range(20)} | {"/status/404"})
+        self.assertEqual(self.paths(second), ["/status/404"])
+
+    def test_regular_expression_and_replacements(self):
+        mirror = self.mirror()
+        self.mirrors("file://(.*)/(.*) %s/x/\\2" % mirror.url)
+        self.assertEqual(self.query(["ab/7"]), {"ab/7": 7})
+        self.mirrors("file://none/.* %s/none/PATH" % mirror.url, "file://ab/.* %s/BASENAME" % mirror.url)
+        self.assertEqual(self.query(["ab/8"]), {"ab/8": 8})
+        self.mirrors("file://.* %s/MIRRORNAME/9" % mirror.url)
+        self.assertEqual(self.query(["ab/9"]), {"ab/9": 9})
+        self.assertEqual(self.paths(mirror), ["/8", "/ab.9/9", "/x/7"])
+
+    def test_host_of_a_mirror_of_a_mirror(self):
+        mirror = self.mirror()
+        self.mirrors("file://.* http://other.example/PATH", "http://.*/.* %s/HOST/5" % mirror.url)
+        with unittest.mock.patch("socket.getaddrinfo", wraps=self.only_here):
+            self.query(["ab/5"])
+        self.assertEqual(len(mirror.requests), 1)
+
+    def only_here(self, name, *args, **kwargs):
+        import _socket
+        if name != "127.0.0.1":
+            raise OSError("no such host")
+        return [(2, 1, 6, "", (name, args[0]))]
+
+    def test_user_and_password(self):
+        mirror = self.mirror()
+        self.mirrors("file://.* %s/PATH" % mirror.url.replace("//", "//user:word@"))
+        self.assertEqual(self.query(["ab/5"]), {"ab/5": 5})
+        self.assertEqual(mirror.requests[0][2]["Authorization"], "Basic dXNlcjp3b3Jk")
+
+    def test_allowed_networks(self):
+        mirror = self.mirror()
+        self.mirrors("file://.* %s/PATH" % mirror.url)
+        self.d.setVar("BB_ALLOWED_NETWORKS", "*.example")
+        self.assertEqual(self.query(["ab/5"]), {})
+        self.d.setVar("BB_ALLOWED_NETWORKS", "*.example 127.0.0.1")
+        self.assertEqual(self.query(["ab/5"]), {"ab/5": 5})
+        self.assertEqual(len(mirror.requests), 1)
+
+    def test_no_network(self):
+        mirror = self.mirror()
+        os.makedirs(self.tempdir + "/local/ab")
+        with open(self.tempdir + "/local/ab/5", "w"):
+            pass
+        self.mirrors("file://.* %s/PATH" % mirror.url, "file://.* file://%s/local/PATH" % self.tempdir)
+        self.d.setVar("BB_NO_NETWORK", "1")
+        self.assertEqual(self.query(["ab/5", "ab/6"]), {"ab/5": None})
+        self.assertEqual(mirror.requests, [])
+
+    def test_file_mirror_before_another(self):
+        mirror = self.mirror()
+        os.makedirs(self.tempdir + "/local/ab")
+        with open(self.tempdir + "/local/ab/5", "w"):
+            pass
+        self.mirrors("file://.* file://%s/local/PATH" % self.tempdir, "file://.* %s/PATH" % mirror.url)
+        self.assertEqual(self.query(["ab/5", "ab/6", "status/404"]), {"ab/5": None, "ab/6": 6})
+        self.assertEqual(self.paths(mirror), ["/ab/6", "/status/404"])
+
+    def test_command_of_the_users(self):
+        """The fetcher's own checkstatus() is asked then"""
+        mirror = self.mirror()
+        self.mirrors("file://.* %s/PATH" % mirror.url)
+        self.d.setVar("FETCHCMD_wget", "mywget")
+        with unittest.mock.patch("bb.fetch2.wget.Wget.checkstatus", side_effect=lambda fetch, ud, d: ud.path == "/ab/5"):
+            self.assertEqual(self.query(["ab/5", "ab/6"]), {"ab/5": None})
+        self.assertEqual(mirror.requests, [])
+
+
+class QueryTest(PresenceTest):
+    def setUp(self):
+        super().setUp()
+        self.requested = self.mirror()
+        self.mirrors("file://.* %s/PATH" % self.requested.url)
+        patch = unittest.mock.patch("bb.presence.logger.warning")
+        self.warning = patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_many_over_few_connections(self):
+        names = ["ab/%s" % n for n in range(5000)] + ["status/404"]
+        self.assertEqual(self.query(names), {name: n for n, name in enumerate(names[:-1])})
+        self.assertLessEqual(self.requested.connections, 2)
+        # One is asked twice to find out whether requests can be pipelined
+        self.assertEqual(len(self.requested.requests), 5002)
+        self.warning.assert_not_called()
+
+    def test_nothing_is_asked_twice(self):
+        names = ["ab/%s" % n for n in range(10)] + ["status/404"]
+        found = self.query(names)
+        asked = len(self.requested.requests)
+        self.assertEqual(self.query(names), found)
+        self.assertEqual(len(self.requested.requests), asked)
+
+    def test_same_object_of_two_tasks(self):
+        sizes = self.presence.query([("a", "file://ab/5"), ("b", "file://ab/5")], self.d)
+        self.assertEqual(sizes, {"a": 5, "b": 5})
+        self.assertEqual(len(self.requested.requests), 1)
+
+    def test_without_connections(self):
+        self.presence._connections.memory = None
+        self.assertIsNone(self.query(["ab/5"]))
+
+    def test_refused_is_not_missing(self):
+        found = self.query(["ab/5", "status/503", "status/404"])
+        self.assertEqual(found, {"ab/5": 5, "status/503": None})
+        self.warning.assert_called_once()
+        self.assertRegex(self.warning.call_args[0][0], "^Sstate mirror 127.0.0.1 did not answer for 1 of 3 objects, their tasks will try: ")
+        self.query(["again/status/503"])
+        self.warning.assert_called_once()
+
+    def test_nobody_there(self):
+        url = self.requested.url
+        self.requested.stop()
+        names = ["ab/%s" % n for n in range(50)]
+        self.assertEqual(self.query(names), {})
+        self.warning.assert_called_once()
+        self.assertRegex(self.warning.call_args[0][0], "^Sstate mirror 127.0.0.1 did not answer for 50 of 50 objects, taken as missing: ")
+
+    def test_redirect_to_another_host(self):
+        other = self.mirror()
+        self.mirrors("file://.* %s/to/%s/PATH" % (self.requested.url, other.url.replace("127.0.0.1", "localhost")))
+        self.assertEqual(self.query(["ab/5", "ab/6"]), {"ab/5": 5, "ab/6": 6})
+        self.assertEqual(self.paths(other), ["/ab/5", "/ab/6"])
+
+    def test_silent(self):
+        """A mirror that accepts and says nothing has no objects that could be had"""
+        self.pool.timeout = 0.2
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.mirrors("file://.* http://127.0.0.1:%s/PATH" % listener.getsockname()[1])
+            self.assertEqual(self.query(["ab/%s" % n for n in range(20)]), {})
+        self.warning.assert_called_once()
+
+    def test_refused_by_one_and_nobody_at_the_other(self):
+        """Also if it is the same host"""
+        dead = self.mirror()
+        dead.stop()
+        for first, second in ((self.requested, dead), (dead, self.requested)):
+            self.mirrors("file://.* %s/PATH" % first.url, "file://.* %s/PATH" % second.url)
+            self.presence = self.make()
+            self.assertEqual(self.query(["status/503"]), {"status/503": None})
+            self.assertEqual(self.query(["status/404"]), {})
+
+    def test_connections_that_have_ended(self):
+        """That is nothing the mirror says"""
+        self.pool.stop()
+        self.assertIsNone(self.query(["ab/5"]))
+
+    def test_what_says_neither(self):
+        self.assertEqual(self.query(["status/500", "status/403", "status/400"]), {"status/500": None})
+
+    def test_url_that_is_none(self):
+        self.assertEqual(self.query(["ab/5", ";nonsense"]), {"ab/5": 5})
+
+    def test_interrupt(self):
+        bb.event._should_exit.set()
+        self.addCleanup(bb.event._should_exit.clear)
+        with self.assertRaises(bb.BBHandledException):
+            self.query(["ab/%s" % n for n in range(1000)])
+
+    def test_fault_of_ours(self):
+        """The metadata asks in its own way then, and the user is told once"""
+        for _ in range(2):
+            with unittest.mock.patch("bb.presencequery.Query._begin", side_effect=ZeroDivisionError):
+                self.assertIsNone(self.query(["ab/5"]))
+        self.warning.assert_called_once()
+
+    def test_progress(self):
+        with unittest.mock.patch("bb.event.fire") as fire:
+            self.query(["ab/%s" % n for n in range(99)], title="Checking")
+            fire.assert_not_called()
+            self.query(["cd/%s" % n for n in range(100)], title="Checking")
+        events = [call[0][0] for call in fire.call_args_list]
+        self.assertIsInstance(events[0], bb.event.ProcessStarted)
+        self.assertEqual((events[0].processname, events[0].total), ("Checking", 100))
+        self.assertIsInstance(events[-1], bb.event.ProcessFinished)
+
+    def test_invalid_sources(self):
+        for value in ("hashserv", "mirror hashserv", "mirrors"):
+            self.d.setVar("BB_SETSCENE_PRESENCE", value)
+            with self.assertRaisesRegex(ValueError, '^Invalid BB_SETSCENE_PRESENCE = "%s", allowed are' % value):
+                settings(self.d)
+
+
+class HashservTest(QueryTest):
+    def setUp(self):
+        super().setUp()
+        self.d.setVar("BB_SETSCENE_PRESENCE", "hashserv  mirror")
+        self.presence = self.make()
+        self.siggen = types.SimpleNamespace(unihashes_exist=lambda query: dict.fromkeys(query, True))
+        patch = unittest.mock.patch.object(bb.parse, "siggen", self.siggen, create=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_mirror_is_asked_for_what_the_server_knows(self):
+        asked = []
+
+        def exist(query):
+            asked.append(query)
+            return {tid: tid != "ab/6" for tid in query}
+        self.siggen.unihashes_exist = exist
+        self.assertEqual(self.query(["ab/5", "ab/6", "ab/7"]), {"ab/5": 5, "ab/7": 7})
+        self.assertEqual(asked, [{name: "hash of " + name for name in ("ab/5", "ab/6", "ab/7")}])
+        self.assertEqual(self.paths(self.requested), ["/ab/5", "/ab/7"])
+
+    def test_not_for_signatures(self):
+        self.siggen.unihashes_exist = None
+        self.assertEqual(self.query(["ab/5"], siginfo=True), {"ab/5": 5})
+        self.warning.assert_not_called()
+
+    def test_server_that_fails(self):
+        self.siggen.unihashes_exist = unittest.mock.Mock(side_effect=ConnectionError("gone"))
+        self.assertEqual(self.query(["ab/5"]), {"ab/5": 5})
+        self.assertEqual(self.query(["ab/6"]), {"ab/6": 6})
+        self.warning.assert_called_once()
+
+    def test_no_server(self):
+        del self.siggen.unihashes_exist
+        self.assertEqual(self.query(["ab/5"]), {"ab/5": 5})
+        self.warning.assert_called_once()
