@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from netqueue import ROOT, Problem, environment
+from netqueue import ROOT, Problem, environment, sshd
 from netqueue.certificates import make_certificates
 from netqueue.layer import Build
 from netqueue.mirror import serve
@@ -73,12 +73,9 @@ def main(arguments):
     try:
         options = parse(arguments)
         protocols = PROTOCOLS if options.protocol == "all" else (options.protocol,)
-        runnable = [protocol for protocol in protocols if protocol != "sftp"]
-        if not _in_venv() and runnable:
-            _prepare(runnable)      # does not return
-        if "sftp" in protocols:
-            print("sftp: not yet")
-        runs, failed = run(options, runnable) if runnable else ([], False)
+        if not _in_venv():
+            _prepare(protocols)     # does not return
+        runs, failed = run(options, _runnable(protocols))
         if options.json:
             options.json.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
     except Problem as problem:
@@ -102,10 +99,23 @@ def _prepare(protocols):
     if any((ROOT / "patches").rglob("*.patch")) and not environment.ensure_program("git", "git"):
         raise Problem("the patches are applied with git, which is not installed: install it")
     environment.ensure_program("nginx", "nginx")
+    if "sftp" in protocols:
+        environment.ensure_program("sshd", "openssh-server")
+        environment.ensure_program("ssh", "openssh-client")
     if "https" in protocols and not environment.ensure_program("openssl", "openssl"):
         environment.pip_install(python, [TRUSTME])
     sys.stdout.flush()
     os.execv(str(python), [str(python), str(ROOT / "scripts" / "demo")] + sys.argv[1:])
+
+
+def _runnable(protocols):
+    """The protocols that a mirror can be had for. Of several, those which cannot are left out, and it is said."""
+    lacking = sshd.missing() if "sftp" in protocols else None
+    if lacking and len(protocols) == 1:
+        raise Problem("sftp: %s is not installed" % lacking)
+    if lacking:
+        print("sftp is left out: %s is not installed" % lacking)
+    return [protocol for protocol in protocols if protocol != "sftp" or not lacking]
 
 
 def run(options, protocols):
@@ -166,31 +176,44 @@ def fill(work, tree, options, progress):
     return files
 
 
+def _serve(files, protocol, certificates):
+    return sshd.serve(files) if protocol == "sftp" else serve(files, protocol, certificates=certificates)
+
+
 def restore(work, tree, protocol, files, certificates, options, progress):
     """One run with nothing in TMPDIR and SSTATE_DIR. Returns its row and what only the table shows."""
     folder = work / ("%s-%s" % (tree.name, protocol))
     with contextlib.ExitStack() as stack:
-        mirror = stack.enter_context(serve(files, protocol, certificates=certificates))
+        mirror = stack.enter_context(_serve(files, protocol, certificates))
         build = stack.enter_context(Build(folder, tree, objects=options.objects, mirror=mirror,
                                           threads=options.threads))
         progress.step("%s, %s from %s" % (tree.name, protocol, mirror.software))
         result = build.run(["--setscene-only", TARGET], timeout=120 + 10 * options.objects,
                            progress=progress.follow)
         progress.done()
-        counters = mirror.counters()
+        connections, requests = _counted(mirror)
         restored = len(build.restored())
     if not options.keep:
         shutil.rmtree(folder)
     row = {"tree": tree.name, "protocol": protocol, "objects": options.objects, "restored": restored,
-           "lost": options.objects - restored, "connections": counters.connections,
-           "requests": counters.requests, "presence_seconds": round(result.presence.seconds, 3),
+           "lost": options.objects - restored, "connections": connections,
+           "requests": requests, "presence_seconds": round(result.presence.seconds, 3),
            "seconds": round(result.seconds, 3)}
     detail = {"software": mirror.software, "presence_cpu_seconds": round(result.presence.cpu_seconds, 3),
-              "problem": ""}
+              # Stock bitbake takes each object to be on a sftp mirror
+              "asked": protocol != "sftp" or tree.name == "patched", "problem": ""}
     if result.returncode:
         detail["problem"] = ("%s, %s: bitbake ended with %d: %s"
                              % (tree.name, protocol, result.returncode, _first_error(result)))
     return row, detail
+
+
+def _counted(mirror):
+    """Connections, over sftp the sessions that were logged in, and requests, None if the server does not log them."""
+    counters = mirror.counters()
+    if isinstance(mirror, sshd.Sshd):
+        return counters.sessions, counters.requests if mirror.counts_requests else None
+    return counters.connections, counters.requests
 
 
 def _first_error(result):

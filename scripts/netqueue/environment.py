@@ -8,6 +8,7 @@ and it is there; nothing is ever installed otherwise, and what is missing
 then is said in one line.
 
     python = ensure_venv(ROOT / "build/venv", [REQUIREMENTS])
+    failure = install_optional(ROOT / "build/venv", MORE_REQUIREMENTS)
     if not ensure_program("wget", "wget"): ...
 """
 
@@ -25,6 +26,7 @@ REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
 INSTALL_SECONDS = 900
 SYSTEM_PATH = ":/usr/local/sbin:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")
+LOCALE = "en_US.UTF-8"
 
 
 def ensure_venv(venv, requirements=(REQUIREMENTS,), say=print):
@@ -46,6 +48,27 @@ def ensure_venv(venv, requirements=(REQUIREMENTS,), say=print):
         pip_install(python, ["--require-hashes", "--requirement", str(path)])
     stamp.write_text(wanted.hexdigest())
     return python
+
+
+def install_optional(venv, requirements, say=print):
+    """Install a requirement file into a venv that ensure_venv() has made. Returns "", or why it cannot be had.
+
+    Tried once: again only when the file has changed, or the venv was made anew.
+    """
+    wanted = hashlib.sha256(Path(requirements).read_bytes()).hexdigest()
+    stamp = Path(venv) / (".netqueue-" + Path(requirements).stem)
+    if stamp.is_file():
+        digest, _, failure = stamp.read_text().partition(" ")
+        if digest == wanted:
+            return failure
+    say("Installing %s into %s" % (Path(requirements).name, venv))
+    failure = ""
+    try:
+        pip_install(Path(venv) / "bin" / "python", ["--require-hashes", "--requirement", str(requirements)])
+    except Problem as problem:
+        failure = str(problem)
+    stamp.write_text("%s %s" % (wanted, failure))
+    return failure
 
 
 def _make_venv(venv):
@@ -77,6 +100,23 @@ def ensure_program(name, package, say=print):
     say("Installing %s by apt-get" % package)
     apt_install(package)
     return _which(name) is not None
+
+
+def ensure_locale(say=print):
+    """True if there is the locale that bitbake demands, now or after apt-get and localedef. Never raises."""
+    if has_locale():
+        return True
+    if not can_install():
+        return False
+    say("Making the locale %s" % LOCALE)
+    apt_install("locales")
+    return _run(["localedef", "-i", "en_US", "-f", "UTF-8", LOCALE]) == 0 and has_locale()
+
+
+def has_locale():
+    """As bitbake looks for it. In another process, since what a process has looked up stays as it was."""
+    code = "import locale; locale.setlocale(locale.LC_CTYPE, %r)" % LOCALE
+    return _run([sys.executable, "-c", code]) == 0
 
 
 def _which(name):

@@ -34,12 +34,12 @@ class Build:
 
     directory      made anew if it is missing, otherwise rewritten (TMPDIR and SSTATE_DIR stay)
     objects        how many recipes demo-NNNN there are; each has one sstate object
-    mirror         a mirror of mirror.py, or None
+    mirror         a mirror of mirror.py or sshd.py, or None
     threads        BB_NUMBER_THREADS
     extra_conf     lines for local.conf, which may override everything
     multiconfigs   {name: lines for conf/multiconfig/name.conf}
     recipes        {"name.bb": text}: more recipes, or others in place of demo-NNNN.bb
-    environment    variables for bitbake, beside PATH, HOME and the mirror's certificate
+    environment    variables for bitbake, beside PATH, HOME and what the mirror is known by
     levels         the longest chain of dependencies: a build restores in so many waves
     """
 
@@ -114,6 +114,9 @@ class Build:
 
     def _environment(self, more):
         path = self.tree.path_entries + [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        # The ssh and the sftp that know the mirror's key; tasks and the presence query find them by PATH
+        if getattr(self.mirror, "tools", None):
+            path.insert(0, str(self.mirror.tools))
         environment = {"PATH": ":".join(path), "HOME": str(self.home), "LC_ALL": "en_US.UTF-8",
                        "TERM": "dumb", "BB_SERVER_TIMEOUT": "0"}
         if self.mirror is not None and self.mirror.ca_file:

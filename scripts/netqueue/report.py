@@ -23,6 +23,9 @@ MEASURES = (("objects restored", "restored", 0),
             ("presence query, CPU seconds", "presence_cpu_seconds", 2),
             ("seconds in all", "seconds", 1))
 
+NOTES = {"sftp": ("connections are sessions logged in, requests are STAT and OPEN as sftp-server logs them",
+                  "stock bitbake cannot ask a sftp mirror what it has: it takes each object to be there")}
+
 
 class Progress:
     def __init__(self, stream=None):
@@ -70,13 +73,25 @@ def table(rows, details):
                           for tree in ("stock", "patched"))
         label = protocol
         for title, key, decimals in MEASURES:
-            lines.append("%-8s %-28s %10.*f %10.*f %10s"
-                         % (label, title, decimals, stock[key], decimals, patched[key],
-                            _ratio(stock[key], patched[key])))
+            pair = [_shown(value, key) for value in (stock, patched)]
+            if pair == [None, None]:
+                continue
+            lines.append("%-8s %-28s %10s %10s %10s" % (label, title, *(_text(value, decimals) for value in pair),
+                                                        _ratio(*pair)))
             label = ""
         lines.append("%-8s served by %s" % ("", stock["software"]))
+        lines += ["%-8s %s" % ("", note) for note in NOTES.get(protocol, ())]
     return "\n".join(lines)
 
 
+def _shown(value, key):
+    """None if it was not measured, or is not what the row is about."""
+    return None if key.startswith("presence") and not value["asked"] else value[key]
+
+
+def _text(value, decimals):
+    return "-" if value is None else "%.*f" % (decimals, value)
+
+
 def _ratio(stock, patched):
-    return "%.3f" % (patched / stock) if stock else "-"
+    return "%.3f" % (patched / stock) if stock and patched is not None else "-"
