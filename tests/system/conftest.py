@@ -9,10 +9,12 @@ in a run of the tests, whatever the number of workers.
 import contextlib
 import fcntl
 import functools
+import os
 import shutil
 
 import pytest
 
+from netqueue import sshd
 from netqueue.certificates import make_certificates
 from netqueue.layer import Build
 from netqueue.mirror import find_nginx, serve
@@ -92,6 +94,41 @@ def mirror(mirror_files, serve_nginx):
 
 
 @pytest.fixture
+def serve_sshd():
+    """Called with a folder and what sshd.serve() takes, returns a sshd that serves it."""
+    if sshd.missing():
+        pytest.skip("%s is not installed" % sshd.missing())
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(sshd.serve(*args, **options))
+
+
+@pytest.fixture
+def any_mirror(mirror_files, request):
+    """Called with a protocol, a folder (the filled mirror's, if none is given) and what its serve() takes, returns
+    a nginx or a sshd."""
+    def make(protocol, folder=mirror_files, **options):
+        if protocol == "sftp":
+            return request.getfixturevalue("serve_sshd")(folder, **options)
+        if protocol == "https":
+            options["certificates"] = request.getfixturevalue("certificates")
+        return request.getfixturevalue("serve_nginx")(folder, protocol, **options)
+    return make
+
+
+@pytest.fixture
+def links(mirror_files, tmp_path):
+    """Called with a name and recipes, makes a folder with links to all that the filled mirror has but theirs."""
+    def make(name, absent):
+        for path in mirror_files.rglob("sstate:*"):
+            if path.name.split(":")[1] not in absent:
+                link = tmp_path / name / path.relative_to(mirror_files)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, link)
+        return tmp_path / name
+    return make
+
+
+@pytest.fixture
 def faulty_mirror(mirror_files):
     """Called with a fault (see FaultyMirror), returns a mirror that has it."""
     with contextlib.ExitStack() as stack:
@@ -99,10 +136,15 @@ def faulty_mirror(mirror_files):
 
 
 @pytest.fixture
-def make_build(tmp_path):
-    """Called with a tree, a mirror and what Build takes, returns a Build of FEW objects."""
+def make_build(tmp_path, request):
+    """
+    Called with a tree, a mirror and what Build takes, returns a Build of FEW objects. Outside of test_prefetch*.py
+    nothing is fetched ahead of the tasks: there it is about tasks that fetch.
+    """
+    alone = "" if "test_prefetch" in request.module.__name__ else 'BB_SETSCENE_PREFETCH = "0"\n'
     with contextlib.ExitStack() as stack:
         def make(tree, mirror, name=None, **options):
+            options["extra_conf"] = alone + options.get("extra_conf", "")
             build = Build(tmp_path / (name or tree.name), tree, mirror=mirror,
                           **{"objects": FEW, "levels": 1, **options})
             stack.callback(build.clean)

@@ -13,6 +13,9 @@ import os
 import re
 import stat
 import threading
+import urllib.parse
+
+from netqueue.sshd import Sshd
 
 # A multiconfig whose objects have other names
 SECOND = {"second": 'PR = "r1"\n'}
@@ -40,7 +43,8 @@ def add_class(build, name, text):
 
 def problems(output):
     """The lines that tell the user of a problem"""
-    return [line for line in output.splitlines() if line.startswith(("WARNING:", "ERROR:", "FATAL:", "Traceback"))]
+    # Without a terminal a stage's title, which ends so, has no line of its own
+    return re.findall(r"^(?:.*\.\.\.)?((?:WARNING:|ERROR:|FATAL:|Traceback).*)$", output, re.MULTILINE)
 
 
 def summary(output):
@@ -78,6 +82,21 @@ def damaged(sstate, mirror_files):
     """Names in SSTATE_DIR of objects and .siginfo files that differ from the mirror's"""
     return [name for name in names(sstate) if name.endswith((".tar.zst", ".siginfo"))
             and (sstate / name).read_bytes() != (mirror_files / name).read_bytes()]
+
+
+_SFTP = re.compile(r'^(l?stat name|open) "([^"]*)"')
+
+
+def asked(server):
+    """
+    What a nginx or a sshd was asked for, a list of (method, name below its folder). Over sftp to ask whether there is
+    a file is HEAD, to open it GET.
+    """
+    if not isinstance(server, Sshd):
+        return [(request.method, urllib.parse.unquote(request.path).lstrip("/")) for request in server.requests()]
+    found = [_SFTP.match(line) for lines in server.requests() for line in lines]
+    return [("GET" if match.group(1) == "open" else "HEAD", os.path.relpath(match.group(2), server.directory))
+            for match in found if match]
 
 
 def wait_until(condition, what, seconds=30):

@@ -76,11 +76,11 @@ def test_interrupted_once(held, mirror_files, make_build, patched_tree):
     assert damaged(build.sstate, mirror_files) == []
 
 
-def interrupted_twice(hold, build, what):
+def interrupted_twice(hold, build, number, what):
     """Nothing is waited for: the mirror does not answer before the build has ended."""
     running = started(build)
     try:
-        wait_until(lambda: len(hold.waiting) == 2, what)
+        wait_until(lambda: len(hold.waiting) >= number, what)
         interrupt(running, build, "stateShutdown")
         interrupt(running, build, "stateForceShutdown")
         result = running.wait(SECONDS)
@@ -94,7 +94,7 @@ def interrupted_twice(hold, build, what):
 def test_interrupted_twice(held, mirror_files, make_build, patched_tree):
     hold, server = held()
     build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
-    interrupted_twice(hold, build, "two tasks wait for their object")
+    interrupted_twice(hold, build, 2, "two tasks wait for their object")
     assert len(hold.waiting) == 2
     assert damaged(build.sstate, mirror_files) == []
 
@@ -103,7 +103,7 @@ def test_interrupted_query(held, make_build, patched_tree):
     """Twice, as one Ctrl-C lets the query end, in stock too. It may start a task yet, and kills it."""
     hold, server = held("HEAD")
     build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
-    interrupted_twice(hold, build, "the query waits")
+    interrupted_twice(hold, build, 1, "the query waits")
 
 
 def test_resident_server(mirror, make_build, stock_tree, patched_tree):
@@ -142,7 +142,8 @@ def test_running_server(held, make_build, patched_tree):
     try:
         wait_until(lambda: len(hold.waiting) == 2, "two tasks wait for their object")
         pid = server_pid(build)
-        assert connections_to(server.peer.port, pid) == 2
+        # Those of the query are kept open
+        assert 2 <= connections_to(server.peer.port, pid) <= 4
         # The one that listens, and those of the two tasks
         assert len(shared_sockets(pid)) == 3
         hold.release()

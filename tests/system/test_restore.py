@@ -31,11 +31,15 @@ def test_as_stock_over_four_connections(protocol, mirror, certificates, make_bui
 
     assert counters["stock"].connections >= 3 * MANY
     assert 1 <= counters["patched"].connections <= 4
-    assert counters["patched"].requests == counters["stock"].requests
+    # Of the five a object that of the task for what the query has found is saved. The test of pipelining is one more.
+    assert counters["stock"].requests == 5 * MANY
+    assert counters["patched"].requests == 4 * MANY + 1
     assert set(counters["patched"].statuses) == {200}
 
-    assert files["patched"] == files["stock"]
     regular = {name: entry for name, entry in files["patched"].items() if stat.S_ISREG(entry.mode)}
+    assert regular == {name: entry for name, entry in files["stock"].items() if stat.S_ISREG(entry.mode)}
+    # Folders have OE_SHARED_UMASK, too: the stock query makes them first, for its locks, with another one
+    assert {stat.S_IMODE(entry.mode) for entry in files["patched"].values() if stat.S_ISDIR(entry.mode)} == {0o775}
     assert len(regular) == 2 * MANY and all(ARCHIVE.fullmatch(name) for name in regular)
     # OE_SHARED_UMASK is 002
     assert {stat.S_IMODE(entry.mode) for entry in regular.values()} == {0o664}
@@ -65,10 +69,9 @@ def test_server_ends_connections(mirror, make_build, patched_tree):
     result = restore(build)
     assert (result.returncode, len(build.restored())) == (0, FEW)
     assert problems(result.output) == []
-    # It says so with the last, so that no request is sent in vain
     counters = server.counters()
-    assert counters.requests == summary(result.output).requests == 5 * FEW
-    assert summary(result.output).connections == counters.connections <= 5 * FEW // 3 + 4
+    assert 4 * FEW <= counters.requests <= 5 * FEW
+    assert summary(result.output).connections == counters.connections <= counters.requests // 3 + 4
 
 
 def test_absent_objects(mirror, mirror_files, make_build, patched_tree):
@@ -82,7 +85,7 @@ def test_absent_objects(mirror, mirror_files, make_build, patched_tree):
     assert len(build.restored()) == FEW
     assert "Mirrors %d Missed 2" % FEW in result.output
     counters = server.counters()
-    assert counters.statuses == {200: 5 * FEW, 404: 2}
+    assert counters.statuses == {200: 4 * FEW + 1, 404: 2}
     assert counters.connections <= 4
 
 
@@ -94,7 +97,7 @@ def test_multiconfigs_share(mirror, make_build, patched_tree):
     assert len(build.restored()) == len(build.restored("second")) == FEW
     assert len(build.archives()) == 2 * FEW
     counters = server.counters()
-    assert counters.requests == 5 * 2 * FEW
+    assert counters.requests == 4 * 2 * FEW + 1
     assert summary(result.output).connections == counters.connections <= 4
     assert summary(result.output).objects == 2 * FEW
 
