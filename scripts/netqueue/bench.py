@@ -1,10 +1,13 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""The benchmarks of scripts/bench: arguments, repetitions, comparison.
+"""The benchmarks of scripts/bench: their arguments, and that of the dispatch.
 
-Each measurement is a process of its own (dispatch.py) with the lib folder of
-one tree, since bb cannot be imported twice. The variants take turns, so that a
-machine that becomes slower does so for all; the smallest time of each counts.
+Each measurement is a process of its own with the lib folder of one tree, since
+bb cannot be imported twice. The variants take turns, so that a machine that
+becomes slower does so for all. presencebench.py and buildbench.py have the
+other benchmarks.
+
+Of the dispatch (dispatch.py) the smallest time of each variant counts.
 """
 
 import json
@@ -12,8 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from netqueue import Problem
+from netqueue import Problem, buildbench, presencebench
 from netqueue.command import Parser
+from netqueue.presencebench import positive
 from netqueue.trees import checkout, shared_tree
 
 DISPATCH = Path(__file__).with_name("dispatch.py")
@@ -23,35 +27,48 @@ VARIANTS = [("stock", False, ""), ("patched, limit unset", True, ""), ("patched,
 
 
 def main(arguments):
-    parser = Parser("bench", "Stock bitbake beside patched bitbake in one run. Seconds are of CPU.")
-    parser.add_argument("measure", choices=("dispatch",), help="dispatch: seconds in which the runqueue starts tasks")
-    parser.add_argument("--tasks", type=_positive, default=20000, metavar="N",
+    parser = Parser("bench", "Stock bitbake beside patched bitbake in one run.")
+    measures = parser.add_subparsers(dest="measure", required=True, metavar="measure", parser_class=_subparser)
+    dispatch = measures.add_parser("dispatch", help="CPU seconds in which the runqueue starts tasks",
+                                   description="CPU seconds in which the runqueue starts tasks.")
+    add_options(dispatch)
+    dispatch.set_defaults(run=run_dispatch)
+    presence = measures.add_parser("presence", help="what it costs to ask which objects a mirror has",
+                                   description=presencebench.__doc__)
+    presencebench.add_options(presence)
+    presence.set_defaults(run=presencebench.run)
+    build = measures.add_parser("build", help="how long it takes to restore all objects of a build",
+                                description=buildbench.__doc__)
+    buildbench.add_options(build)
+    build.set_defaults(run=buildbench.run)
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _subparser(prog, description, **options):
+    return Parser(prog.rpartition("/")[2], description, **options)
+
+
+def add_options(parser):
+    parser.add_argument("--tasks", type=positive, default=20000, metavar="N",
                         help="tasks that can all be started at the beginning (default: %(default)s)")
-    parser.add_argument("--starts", type=_positive, default=1000, metavar="N",
+    parser.add_argument("--starts", type=positive, default=1000, metavar="N",
                         help="how many of them are started (default: %(default)s)")
     parser.add_argument("--setscene", action="store_true", help="setscene tasks instead of normal ones")
     parser.add_argument("--share", type=float, default=0.5, metavar="X",
                         help="share of the tasks that need the network, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, default=8, metavar="N",
+    parser.add_argument("--threads", type=positive, default=8, metavar="N",
                         help="BB_NUMBER_THREADS (default: %(default)s)")
-    parser.add_argument("--repeat", type=_positive, default=3, metavar="N",
+    parser.add_argument("--repeat", type=positive, default=3, metavar="N",
                         help="runs of each variant (default: %(default)s)")
     parser.add_argument("--stock", metavar="TREE", help="a checkout to use as stock bitbake")
     parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
-    options = parser.parse_args(arguments)
-    if not 0 <= options.share <= 1 or options.starts > options.tasks:
-        raise Problem("--share is from 0 to 1, and --starts not more than --tasks")
-    return run_dispatch(options)
-
-
-def _positive(text):
-    if not (text.isdigit() and int(text) > 0):
-        raise Problem("%s is not a number from 1" % text)
-    return int(text)
 
 
 def run_dispatch(options):
+    if not 0 <= options.share <= 1 or options.starts > options.tasks:
+        raise Problem("--share is from 0 to 1, and --starts not more than --tasks")
     trees = {False: checkout(options.stock) if options.stock else shared_tree(patched=False),
              True: checkout(options.patched) if options.patched else shared_tree(patched=True)}
     runs = {name: [] for name, _, _ in VARIANTS}

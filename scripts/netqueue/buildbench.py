@@ -1,0 +1,363 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""How long it takes to restore all objects of a build: `scripts/bench build`.
+
+Each cell is a mirror on loopback behind delay.py. Its name tells the protocol,
+the round trip time, whether the bandwidth has a cap, and whether all objects
+are small:
+
+    http-20ms  https-20ms  sftp-20ms  http-0ms  http-20ms-cap  sftp-20ms-small
+
+are the default; any other of that form can be had by --cell. In each the same
+objects are restored, from the same server, in turns by
+
+    stock                   stock bitbake
+    without prefetch        patched bitbake with BB_SETSCENE_PREFETCH = "0"
+    patched                 patched bitbake
+    TOOL, then stock        a script that downloads the same files, then stock bitbake with all of them local
+
+and beside these the parts of the last one alone: the download by each tool
+(curl; sftp and, if it is installed, lftp), and the build with everything local,
+for both trees. Recipes are parsed before. The median counts.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+from pathlib import Path
+
+from netqueue import ROOT, Problem, environment, sshd
+from netqueue.buildpicture import draw
+from netqueue.certificates import make_certificates
+from netqueue.delay import delayed
+from netqueue.layer import Build
+from netqueue.presencebench import BuildMirror, open_mirror, patched_tree, positive
+from netqueue.report import Progress
+from netqueue.trees import shared_tree
+
+DEFAULT = ("http-20ms", "https-20ms", "sftp-20ms", "http-0ms", "http-20ms-cap", "sftp-20ms-small")
+MATRIX = tuple("%s-%dms%s%s" % (protocol, delay, cap, small) for protocol in ("http", "https", "sftp")
+               for delay in (0, 20) for cap in ("", "-cap") for small in ("", "-small"))
+SECONDS = 3600
+CONNECTIONS = 4
+MIB = 1024 * 1024
+STOCK, OFF, PATCHED = "stock", "without prefetch", "patched"
+LOCAL = {STOCK: "all local, stock", PATCHED: "all local, patched"}
+PREFETCH_OFF = 'BB_SETSCENE_PREFETCH = "0"'
+
+
+@dataclasses.dataclass
+class Cell:
+    name: str
+    protocol: str
+    delay: int          # milliseconds
+    rate: float         # MiB a second, or None
+    small: bool
+    objects: int
+
+    @property
+    def once(self):
+        """Whether what takes many minutes is run once"""
+        return self.small
+
+
+def add_options(parser):
+    parser.add_argument("--cell", action="append", metavar="NAME", help="only this; may be given more than once")
+    parser.add_argument("--matrix", action="store_true", help="all %d cells: %s" % (len(MATRIX), "protocol, 0 and 20 ms, "
+                        "with and without a cap, objects of mixed size and small ones"))
+    parser.add_argument("--objects", type=positive, default=300, metavar="N",
+                        help="objects of a cell, of mixed size (default: %(default)s)")
+    parser.add_argument("--small-objects", type=positive, default=2000, metavar="N",
+                        help="objects of a cell with small ones, where stock and sftp run once (default: %(default)s)")
+    parser.add_argument("--rate", type=positive, default=8, metavar="MIB",
+                        help="the cap, in MiB a second (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=8, metavar="N",
+                        help="BB_NUMBER_THREADS (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each; the median counts "
+                        "(default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw stock beside patched into FILE")
+
+
+def run(options):
+    cells = [parse(name, options) for name in (MATRIX if options.matrix else options.cell or DEFAULT)]
+    if not importlib.util.find_spec("zstandard"):
+        # The demo's layer needs it
+        python = str(environment.ensure_venv(ROOT / "build" / "venv"))
+        sys.stdout.flush()
+        os.execv(python, [python] + sys.argv)
+    work = Path(tempfile.mkdtemp(prefix="build-", dir=ROOT / "build"))
+    done, problems = [], []
+    try:
+        bench = Bench(options, work)
+        for cell in cells:
+            try:
+                done.append(bench.measure(cell))
+                print(table(options, done[-1]), flush=True)
+            except Problem as problem:
+                # What was measured before took minutes
+                problems.append("%s: %s" % (cell.name, problem))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if options.json:
+        options.json.write_text(json.dumps(report(options, done), indent=1) + "\n")
+    if options.svg and done:
+        options.svg.write_text(draw(done, (STOCK, PATCHED)))
+    if problems:
+        raise Problem("; ".join(problems))
+    return 0
+
+
+def parse(name, options):
+    match = re.fullmatch(r"(https?|sftp)-(\d{1,4})ms(-cap)?(-small)?", name)
+    if not match:
+        raise Problem("%s is not the name of a cell, such as %s" % (name, DEFAULT[-2]))
+    protocol, delay, cap, small = match.groups()
+    if protocol == "sftp" and sshd.missing():
+        raise Problem("%s: %s is not installed" % (name, sshd.missing()))
+    return Cell(name, protocol, int(delay), options.rate if cap else None, bool(small),
+                options.small_objects if small else options.objects)
+
+
+def report(options, done):
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "svg", "measure", "run")}
+    machine = {"cpus": os.cpu_count(), "kernel": os.uname().release, "machine": os.uname().machine,
+               "python": sys.version.split()[0]}
+    return {"options": settings, "machine": machine, "cells": done}
+
+
+class Bench:
+    """The measurements of a run. work: a folder that is removed afterwards."""
+
+    def __init__(self, options, work):
+        self.options = options
+        self.work = work
+        self.trees = {STOCK: shared_tree(patched=False), PATCHED: patched_tree()}
+        self.progress = Progress(sys.stderr)
+        self.certificates = make_certificates(work / "tls")
+        self.filled = {}
+
+    def measure(self, cell):
+        """The row of a cell: what it is, and {variant: figures}."""
+        files = self.fill(cell.objects, cell.small)
+        size = sum(path.stat().st_size for path in files.rglob("sstate:*"))
+        row = {"cell": cell.name, "objects": cell.objects, "mib": round(size / MIB, 1), "variants": {}}
+        runs = {}
+        with contextlib.ExitStack() as stack:
+            mirror = stack.enter_context(open_mirror(cell.protocol, files, self.work / "home" / cell.protocol,
+                                                     self.certificates, log=True))
+            url = mirror.served.url
+            if cell.delay or cell.rate:
+                rate = cell.rate * MIB if cell.rate else None
+                link = stack.enter_context(delayed(mirror.served.port, cell.delay / 1000, rate))
+                url = mirror.url_behind(link.port)
+            place = Place(cell, mirror, url, files, self.work / cell.name)
+            row["software"] = mirror.served.software
+            for turn in range(self.options.repeat):
+                for variant, figures in self.turn(place, turn):
+                    runs.setdefault(variant, []).append(figures)
+        shutil.rmtree(place.folder)
+        for variant, results in runs.items():
+            row["variants"][variant] = dict(
+                {name: round(statistics.median(result[name] for result in results), 2) for name in results[0]}, runs=results)
+        return row
+
+    def turn(self, place, turn):
+        """Yield (variant, figures) of one run of each."""
+        patient = turn == 0 or not place.cell.once
+        if patient:
+            yield STOCK, self.build(place, STOCK, STOCK)
+        yield OFF, self.build(place, OFF, PATCHED, PREFETCH_OFF)
+        yield PATCHED, self.build(place, PATCHED, PATCHED)
+        for tool, download in tools(place.cell.protocol):
+            if tool != "sftp" or patient:
+                yield from self.script(place, tool, download)
+        for tree, variant in LOCAL.items():
+            yield variant, self.build(place, tree, tree, local=place.files)
+
+    def script(self, place, tool, download):
+        """A download, then stock with what it gave"""
+        folder = place.folder / "downloaded"
+        self.progress.step("%s: the download by %s" % (place.cell.name, tool))
+        place.mirror.served.reset()
+        started = time.monotonic()
+        download(place, folder)
+        seconds = time.monotonic() - started
+        self.progress.done()
+        if listing(folder) != listing(place.files):
+            raise Problem("%s has not downloaded everything" % tool)
+        figures = dict(counted(place.mirror.served), seconds=seconds, lost=0)
+        yield tool, figures
+        then = self.build(place, STOCK, STOCK, local=folder)
+        yield "%s, then stock" % tool, {name: figures[name] + then[name] for name in figures}
+        shutil.rmtree(folder)
+
+    def build(self, place, name, tree, conf="", local=None):
+        """Restore everything. local: a folder with what SSTATE_DIR has before. Returns figures."""
+        cell = place.cell
+        build = place.builds.get(name)
+        self.progress.step("%s: %s%s" % (cell.name, name, ", everything local" if local else ""))
+        if build is None:
+            build = place.builds[name] = self.make_build(place, name, tree, conf)
+            # Recipes are parsed once
+            build.run(["-p"], timeout=SECONDS)
+        for folder in (build.tmp, build.sstate):
+            shutil.rmtree(folder, ignore_errors=True)
+        if local:
+            shutil.copytree(local, build.sstate)
+        place.mirror.served.reset()
+        with build:
+            result = build.run(["--setscene-only", "demo-all"], timeout=SECONDS, progress=self.progress.follow)
+        self.progress.done()
+        lost = cell.objects - len(build.restored())
+        if tree == PATCHED and (result.returncode or lost):
+            raise Problem("%s: bitbake ended with %d, %d objects were lost" % (name, result.returncode, lost))
+        return dict(counted(place.mirror.served), seconds=result.seconds, lost=lost)
+
+    def make_build(self, place, name, tree, conf):
+        build = make_build(place.folder / name.replace(" ", "-"), self.trees[tree], place.cell, self.options.threads, conf,
+                           BuildMirror(place.url))
+        variables = dict(place.mirror.variables)
+        if "PATH" in variables:
+            variables["PATH"] = "%s:%s" % (place.mirror.served.tools, build.environment["PATH"])
+        build.environment.update(variables, HOME=str(build.home))
+        wgetrc = self.work / "home" / place.cell.protocol / ".wgetrc"
+        if wgetrc.exists():
+            shutil.copy(wgetrc, build.home)
+        return build
+
+    def fill(self, objects, small):
+        """Build every object once. Returns the folder that a mirror serves."""
+        key = "%d-%s" % (objects, "small" if small else "mixed")
+        if key not in self.filled:
+            self.progress.step("filling a mirror with %d objects" % objects)
+            cell = Cell(key, "", 0, None, small, objects)
+            with make_build(self.work / ("fill-" + key), self.trees[STOCK], cell, os.cpu_count() or 2) as build:
+                result = build.run(["demo-all"], timeout=SECONDS, progress=self.progress.follow)
+                if result.returncode or len(build.archives()) != objects:
+                    raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
+                self.filled[key] = self.work / key
+                build.sstate.rename(self.filled[key])
+            shutil.rmtree(build.directory)
+            self.progress.done()
+        return self.filled[key]
+
+
+def make_build(folder, tree, cell, threads, conf="", mirror=None):
+    build = Build(folder, tree, objects=cell.objects, threads=threads, extra_conf=conf, mirror=mirror)
+    if cell.small:
+        build.sizes = {name: 1024 + 7 * number % 4096 for number, name in enumerate(build.sizes)}
+        build.write()
+    return build
+
+
+@dataclasses.dataclass
+class Place:
+    """A cell that is being measured. builds: {name: Build}."""
+    cell: Cell
+    mirror: object      # of presencebench.py
+    url: str            # of the link
+    files: Path         # what the mirror serves
+    folder: Path
+    builds: dict = dataclasses.field(default_factory=dict)
+
+
+def counted(served):
+    counters = served.counters()
+    return {"connections": counters.logins if isinstance(served, sshd.Sshd) else counters.connections,
+            "requests": counters.requests}
+
+
+def listing(folder):
+    """{path below folder: size} of the objects' files"""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("sstate:*")}
+
+
+# What users do
+
+def tools(protocol):
+    """(name, function) of the programs that can download a list of files; function(place, folder) does."""
+    if protocol != "sftp":
+        if not shutil.which("curl"):
+            raise Problem("curl is not installed")
+        return [("curl", by_curl)]
+    return [("sftp", by_sftp)] + ([("lftp", by_lftp)] if shutil.which("lftp") else [])
+
+
+def by_curl(place, folder):
+    lines = []
+    for name in listing(place.files):
+        lines.append('url = "%s/%s"\noutput = "%s/%s"\n' % (place.url, urllib.parse.quote(name), folder, name))
+    config = place.folder / "curl.conf"
+    config.write_text("".join(lines))
+    command = ["curl", "--silent", "--show-error", "--fail", "--globoff", "--create-dirs", "--parallel",
+               "--parallel-max", str(CONNECTIONS), "--config", str(config)]
+    if place.mirror.served.ca_file:
+        command += ["--cacert", str(place.mirror.served.ca_file)]
+    call(command, place)
+
+
+def by_sftp(place, folder):
+    """On one connection, one file after the other: it has nothing else"""
+    names = listing(place.files)
+    for parent in {(folder / name).parent for name in names}:
+        parent.mkdir(parents=True)
+    batch = place.folder / "sftp.batch"
+    parts = urllib.parse.urlsplit(place.url)
+    batch.write_text("".join('get "%s/%s" "%s/%s"\n' % (parts.path, name, folder, name) for name in names))
+    call([str(place.mirror.served.tools / "sftp"), "-q", "-b", str(batch), "-P", str(parts.port), parts.hostname], place)
+
+
+def by_lftp(place, folder):
+    parts = urllib.parse.urlsplit(place.url)
+    script = ('set sftp:connect-program "%s -a -x"; set net:connection-limit %d; set cmd:fail-exit yes; '
+              'open -u %s, sftp://%s:%d; mirror --parallel=%d %s %s' %
+              (place.mirror.served.tools / "ssh", CONNECTIONS, place.mirror.served.user, parts.hostname, parts.port,
+               CONNECTIONS, parts.path, folder))
+    call(["lftp", "-c", script], place)
+
+
+def call(command, place):
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              timeout=SECONDS, env=dict(os.environ, **place.mirror.variables))
+    except subprocess.TimeoutExpired as error:
+        raise Problem("%s did not end within %d s" % (Path(command[0]).name, SECONDS)) from error
+    if done.returncode:
+        lines = done.stdout.strip().splitlines() or ["it said nothing"]
+        raise Problem("%s ended with %d: %s" % (Path(command[0]).name, done.returncode, lines[-1]))
+
+
+# What the user sees
+
+def goal(variants):
+    """(the name of the longer one of the best download and the installation, its seconds): the floor of a build"""
+    alone = [name for name in variants if name in ("curl", "sftp", "lftp")]
+    best = min(alone, key=lambda name: variants[name]["seconds"])
+    longer = max((best, LOCAL[PATCHED]), key=lambda name: variants[name]["seconds"])
+    return longer, variants[longer]["seconds"]
+
+
+def table(options, row):
+    variants = row["variants"]
+    patched = variants[PATCHED]["seconds"]
+    lines = ["", "%s: %d objects, %.1f MiB with their .siginfo, from %s; %d threads, median of %d" %
+             (row["cell"], row["objects"], row["mib"], row["software"], options.threads, options.repeat),
+             "%-22s %9s %12s %9s %6s %16s" % ("", "seconds", "connections", "requests", "lost", "patched / this")]
+    for name, figures in variants.items():
+        lines.append("%-22s %9.2f %12d %9d %6d %16.2f" % (name, figures["seconds"], figures["connections"],
+                                                         figures["requests"], figures["lost"],
+                                                         patched / figures["seconds"]))
+    longer, seconds = goal(variants)
+    lines.append("patched / max(best download, all local) = %.2f (%s)" % (patched / seconds, longer))
+    return "\n".join(lines)
