@@ -145,6 +145,17 @@ def summarise(connections, requests: List[Request]) -> Counters:
     return counters
 
 
+def end(process):
+    """Ask process to end, and see to it after STOP_SECONDS."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 class Nginx:
     """One nginx with its own configuration, logs and pid file, ended by its pid."""
 
@@ -255,13 +266,7 @@ class Nginx:
         """Idempotent; at most STOP_SECONDS, then by force."""
         if self.process is None:
             return
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        end(self.process)
         self.process = None
 
 

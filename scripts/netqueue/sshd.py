@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 from netqueue import Problem
-from netqueue.mirror import PORT_ATTEMPTS, START_SECONDS, STOP_SECONDS, _die_with_parent, _free_port
+from netqueue.mirror import PORT_ATTEMPTS, START_SECONDS, _die_with_parent, _free_port, end
 
 SFTP_SERVERS = ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server", "/usr/libexec/sftp-server",
                 "/usr/lib/ssh/sftp-server", "/usr/libexec/ssh/sftp-server", "/usr/local/libexec/sftp-server")
@@ -267,17 +267,11 @@ class Sshd:
         return [lines[self.base_lines.get(path, 0):] for path, lines in self._session_lines().items()]
 
     def stop(self):
-        """Idempotent; at most STOP_SECONDS, then by force. Ends the sessions too."""
+        """Idempotent; as mirror.end(). Ends the sessions too."""
         if self.process is None:
             return
         sessions = _children(self.process.pid)
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        end(self.process)
         for pid in sessions:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

@@ -11,7 +11,6 @@ import pytest
 from bb.connections import host as host_module, pipelining, pool as pool_module
 from bb.connections.pool import Pool
 from support.asking import Asked
-from wire import peers
 
 DEPTH = 16
 STATUSES = {"found": 200, "missing": 404}

@@ -6,7 +6,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
 
-import collections
 import os
 import random
 import shutil

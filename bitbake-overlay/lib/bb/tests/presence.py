@@ -94,7 +94,6 @@ class MirrorRulesTest(PresenceTest):
         self.assertEqual(len(mirror.requests), 1)
 
     def only_here(self, name, *args, **kwargs):
-        import _socket
         if name != "127.0.0.1":
             raise OSError("no such host")
         return [(2, 1, 6, "", (name, args[0]))]
@@ -185,7 +184,6 @@ class QueryTest(PresenceTest):
         self.warning.assert_called_once()
 
     def test_nobody_there(self):
-        url = self.requested.url
         self.requested.stop()
         names = ["ab/%s" % n for n in range(50)]
         self.assertEqual(self.query(names), {})
