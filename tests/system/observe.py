@@ -90,10 +90,11 @@ _SFTP = re.compile(r'^(l?stat name|open) "([^"]*)"')
 def asked(server):
     """
     What a nginx or a sshd was asked for, a list of (method, name below its folder). Over sftp to ask whether there is
-    a file is HEAD, to open it GET.
+    a file is HEAD, to open it GET. OPTIONS is left out: it asks about the server (whether it can pipeline).
     """
     if not isinstance(server, Sshd):
-        return [(request.method, urllib.parse.unquote(request.path).lstrip("/")) for request in server.requests()]
+        return [(request.method, urllib.parse.unquote(request.path).lstrip("/")) for request in server.requests()
+                if request.method != "OPTIONS"]
     found = [_SFTP.match(line) for lines in server.requests() for line in lines]
     return [("GET" if match.group(1) == "open" else "HEAD", os.path.relpath(match.group(2), server.directory))
             for match in found if match]
