@@ -2,17 +2,21 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The benchmarks of scripts/bench: their arguments, and that of the dispatch.
 
-Each measurement is a process of its own with the lib folder of one tree, since
-bb cannot be imported twice. The variants take turns, so that a machine that
-becomes slower does so for all. presencebench.py and buildbench.py have the
-other benchmarks.
+Each variant is a process of its own with the lib folder of one tree, since bb
+cannot be imported twice. presencebench.py and buildbench.py have the other
+benchmarks.
 
-Of the dispatch (dispatch.py) the smallest time of each variant counts.
+Of the dispatch (dispatch.py) the processes live as long as the measurement and
+take turns of a few tasks each: a machine that becomes slower does so for all.
 """
 
+import contextlib
 import json
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 from netqueue import Problem, buildbench, presencebench
@@ -52,15 +56,15 @@ def _subparser(prog, description, **options):
 def add_options(parser):
     parser.add_argument("--tasks", type=positive, default=20000, metavar="N",
                         help="tasks that can all be started at the beginning (default: %(default)s)")
-    parser.add_argument("--starts", type=positive, default=1000, metavar="N",
-                        help="how many of them are started (default: %(default)s)")
+    parser.add_argument("--starts", type=positive, default=500, metavar="N",
+                        help="how many of them are started by each variant (default: %(default)s)")
     parser.add_argument("--setscene", action="store_true", help="setscene tasks instead of normal ones")
     parser.add_argument("--share", type=float, default=0.5, metavar="X",
                         help="share of the tasks that need the network, 0 to 1 (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=8, metavar="N",
                         help="BB_NUMBER_THREADS (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=3, metavar="N",
-                        help="runs of each variant (default: %(default)s)")
+    parser.add_argument("--turn", type=positive, default=25, metavar="N",
+                        help="how many a variant starts in its turn (default: %(default)s)")
     parser.add_argument("--stock", metavar="TREE", help="a checkout to use as stock bitbake")
     parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
@@ -71,30 +75,64 @@ def run_dispatch(options):
         raise Problem("--share is from 0 to 1, and --starts not more than --tasks")
     trees = {False: checkout(options.stock) if options.stock else shared_tree(patched=False),
              True: checkout(options.patched) if options.patched else shared_tree(patched=True)}
+    turns = max(1, options.starts // options.turn)
     runs = {name: [] for name, _, _ in VARIANTS}
-    for _ in range(options.repeat):
-        for name, patched, limit in VARIANTS:
-            runs[name].append(_dispatch_once(trees[patched], limit, options))
-    base = min(run["seconds"] for run in runs["stock"])
-    report = {"tasks": options.tasks, "starts": options.starts, "setscene": options.setscene, "share": options.share,
-              "threads": options.threads, "variants": {}}
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(Dispatch(trees[patched], limit, options)) for name, patched, limit in VARIANTS}
+        for process in processes.values():
+            process.answer()
+        for _ in range(turns):
+            for name, process in processes.items():
+                runs[name].append(process.turn(options.turn))
+    report = {"tasks": options.tasks, "starts": turns * options.turn, "setscene": options.setscene,
+              "share": options.share, "threads": options.threads, "variants": {}}
+    stock = [run["seconds"] for run in runs["stock"]]
     for name, results in runs.items():
-        seconds = min(run["seconds"] for run in results)
+        seconds = [run["seconds"] for run in results]
+        ratios = [one / other for one, other in zip(seconds, stock)]
         report["variants"][name] = {
-            "seconds": seconds, "all_seconds": [run["seconds"] for run in results],
-            "ratio": round(seconds / base, 3), "calls": results[0]["calls"], "peak": results[0]["peak"]}
-        print("%-22s %8.3f s  %6.3f of stock, at most %d network tasks at a time"
-              % (name, seconds, seconds / base, results[0]["peak"]), flush=True)
+            "seconds": seconds, "ratio": sum(seconds) / sum(stock), "median_ratio": statistics.median(ratios),
+            "calls": sum(run["calls"] for run in results), "peak": results[-1]["peak"]}
+        print("%-22s %8.3f s  %6.3f of stock, median of %d turns %.3f, at most %d network tasks at a time"
+              % (name, sum(seconds), sum(seconds) / sum(stock), turns, statistics.median(ratios), results[-1]["peak"]),
+              flush=True)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
-def _dispatch_once(tree, limit, options):
-    arguments = {"lib": str(tree.path / "lib"), "limit": limit, "tasks": options.tasks, "starts": options.starts,
-                 "setscene": options.setscene, "share": options.share, "threads": options.threads}
-    done = subprocess.run([sys.executable, str(DISPATCH), json.dumps(arguments)], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise Problem("%s: %s" % (tree.path, (done.stderr.strip().splitlines() or ["it said nothing"])[-1]))
-    return json.loads(done.stdout.splitlines()[-1])
+class Dispatch:
+    """A process of dispatch.py"""
+
+    def __init__(self, tree, limit, options):
+        self.tree = tree
+        arguments = {"lib": str(tree.path / "lib"), "limit": limit, "tasks": options.tasks,
+                     "setscene": options.setscene, "share": options.share, "threads": options.threads}
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen([sys.executable, str(DISPATCH), json.dumps(arguments)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors, text=True)
+        # Whatever it does, it ends
+        self.timer = threading.Timer(SECONDS, self.process.kill)
+        self.timer.start()
+
+    def turn(self, starts):
+        with contextlib.suppress(BrokenPipeError):
+            print(starts, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            raise Problem("%s: %s" % (self.tree.path, (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]))
+        return json.loads(line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.timer.cancel()
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()

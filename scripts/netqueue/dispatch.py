@@ -1,14 +1,17 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""One measurement of `scripts/bench dispatch`: bench.py starts it as a process.
+"""One variant of `scripts/bench dispatch`: bench.py starts it as a process.
 
 bitbake's own RunQueueExecute and its scheduler choose and start tasks of which
 all can be started at once: one waits for nothing, and half of them, say, have
 [network]. There is no parsing and no worker: a task ends when the queue next
-reads from the workers, the oldest first. What is measured is execute() alone.
+reads from the workers, the oldest first. What is measured is execute() alone,
+without its first call: that sorts all tasks in a way that the series does not
+touch, which takes as long as some thousand of the other calls.
 
-Argument: a JSON object, see bench.py. Writes one as its last line:
-{"seconds": 1.5, "calls": 3000, "peak": 4}.
+Argument: a JSON object, see bench.py. For each line of its input that many
+tasks are started, and a JSON object is written: {"seconds": 0.25, "calls": 26,
+"peak": 4}. One without seconds comes before, when all is prepared.
 """
 
 import collections
@@ -20,7 +23,7 @@ import time
 import types
 
 
-def main(lib, limit, tasks, starts, setscene, share, threads):
+def main(lib, limit, tasks, setscene, share, threads):
     sys.path.insert(0, lib)
     import bb.server.process
     import bb.cooker
@@ -34,12 +37,17 @@ def main(lib, limit, tasks, starts, setscene, share, threads):
     d.setVar("BB_HASHCHECK_FUNCTION", "all_are_there")
     bb.parse.siggen = Siggen()
     queue = make_queue(bb, d, make_data(tasks, setscene, share))
-    started = time.process_time()
-    calls = 0
-    while queue.ended < starts:
-        queue.rqexe.execute()
-        calls += 1
-    print(json.dumps({"seconds": round(time.process_time() - started, 4), "calls": calls, "peak": queue.peak}))
+    queue.rqexe.execute()
+    print(json.dumps({"peak": queue.peak}), flush=True)
+    starts = 0
+    for line in sys.stdin:
+        starts += int(line)
+        started = time.process_time()
+        calls = 0
+        while queue.ended < starts:
+            queue.rqexe.execute()
+            calls += 1
+        print(json.dumps({"seconds": time.process_time() - started, "calls": calls, "peak": queue.peak}), flush=True)
 
 
 class Siggen:
