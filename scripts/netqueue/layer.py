@@ -41,6 +41,8 @@ class Build:
     recipes        {"name.bb": text}: more recipes, or others in place of demo-NNNN.bb
     environment    variables for bitbake, beside PATH, HOME and what the mirror is known by
     levels         the longest chain of dependencies: a build restores in so many waves
+
+    prefix         the words of a program that runs bitbake with less than the caller may, such as prlimit
     """
 
     def __init__(self, directory, tree, objects=3, mirror=None, threads=4, extra_conf="",
@@ -60,6 +62,7 @@ class Build:
         self.tmp = self.directory / "tmp"
         self.layer = self.directory / "layer"
         self.runs = 0
+        self.prefix = []
         self.write()
         self.environment = self._environment(environment or {})
 
@@ -130,7 +133,7 @@ class Build:
         """Start bitbake; returns a Running at once."""
         self.runs += 1
         log = self.directory / ("console-%d.log" % self.runs)
-        command = [sys.executable, str(self.tree.bitbake)] + [str(word) for word in arguments]
+        command = [*self.prefix, sys.executable, str(self.tree.bitbake)] + [str(word) for word in arguments]
         resident = self.environment["BB_SERVER_TIMEOUT"] != "0"
         return Running(command, self.directory, self.environment, log, resident)
 

@@ -19,12 +19,14 @@ from netqueue.certificates import make_certificates
 from netqueue.layer import Build
 from netqueue.mirror import find_nginx, serve
 from netqueue.trees import shared_tree
-from system.observe import SECOND
+from system.observe import SECOND, outcome, restore
 from system.peer import FaultyMirror
 
 # So many objects have each kind and size: one of 10 MiB, four of 1 MiB
 MANY = 50
 FEW = 8
+# Each task fetches its own
+OFF = 'BB_SETSCENE_PREFETCH = "0"'
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +143,7 @@ def make_build(tmp_path, request):
     Called with a tree, a mirror and what Build takes, returns a Build of FEW objects. Outside of test_prefetch*.py
     nothing is fetched ahead of the tasks: there it is about tasks that fetch.
     """
-    alone = "" if "test_prefetch" in request.module.__name__ else 'BB_SETSCENE_PREFETCH = "0"\n'
+    alone = "" if "test_prefetch" in request.module.__name__ else OFF + "\n"
     with contextlib.ExitStack() as stack:
         def make(tree, mirror, name=None, **options):
             options["extra_conf"] = alone + options.get("extra_conf", "")
@@ -150,3 +152,21 @@ def make_build(tmp_path, request):
             stack.callback(build.clean)
             return stack.enter_context(build)
         yield make
+
+
+@pytest.fixture
+def off_and_on(make_build, patched_tree):
+    """
+    Called with a function that returns a mirror, and what to do to a build before it runs: runs one without and
+    one with prefetch. Returns their outcomes, and the second build, mirror and result.
+    """
+    def make(make_mirror, prepare=lambda build: None, extra_conf="", **options):
+        outcomes = []
+        for name, conf in (("off", OFF), ("on", "")):
+            server = make_mirror()
+            build = make_build(patched_tree, server, name, extra_conf=conf + "\n" + extra_conf, **options)
+            prepare(build)
+            result = restore(build, "-D", "demo-all")
+            outcomes.append(outcome(build, result))
+        return (*outcomes, build, server, result)
+    return make

@@ -84,6 +84,20 @@ def damaged(sstate, mirror_files):
             and (sstate / name).read_bytes() != (mirror_files / name).read_bytes()]
 
 
+def outcome(build, result):
+    """What is compared: how it ended, what was said, what is there."""
+    said = [re.sub(r"/\S*/|\b\d+(\.\d+)?\b", "_", line.replace(str(build.directory), ""))
+            for line in problems(result.output)]
+    return {"returncode": result.returncode, "said": sorted(said), "restored": build.restored(),
+            "names": names(build.sstate)}
+
+
+def not_ahead(output):
+    """{recipe: why its object was not fetched ahead}, which bitbake tells with -D"""
+    return dict(re.findall(r"^DEBUG: Not fetch(?:ed|ing) ahead for \S*/(demo-\d{4})\.bb:do_populate: (.*)$",
+                           output, re.MULTILINE))
+
+
 _SFTP = re.compile(r'^(l?stat name|open) "([^"]*)"')
 
 

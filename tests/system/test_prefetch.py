@@ -3,7 +3,7 @@
 """What the bitbake server fetches ahead of the setscene tasks: which objects, in which order, and how it ends.
 
 Over the network it cannot be seen who fetches: so tasks write down whether their object was there when
-they were started. test_prefetch_faults.py has the mirrors and disks that fail.
+they were started. test_prefetch_faults.py has the mirrors that fail, test_prefetch_disks.py the disks.
 """
 
 import collections
@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from system.conftest import FEW, MANY
+from system.conftest import FEW, MANY, OFF
 from system.observe import (SECOND, SECONDS, add_class, asked, damaged, names, problems, restore, snapshot, summary,
                             unfinished, wait_until)
 from system.peer import is_archive, is_object
@@ -23,7 +23,6 @@ from system.test_processes import UNBUFFERED, started
 pytestmark = pytest.mark.system
 
 ALL = ["demo-%04d" % number for number in range(1, FEW + 1)]
-OFF = 'BB_SETSCENE_PREFETCH = "0"'
 
 # Each setscene task tells whether its object is there before it has done anything
 TELL = """
@@ -45,6 +44,15 @@ def telling(make_build):
         add_class(build, "tell", TELL)
         return build
     return make
+
+
+def copy_objects(mirror_files, build, recipes):
+    """Into SSTATE_DIR, as if they had been restored before"""
+    for path in mirror_files.glob("??/??/sstate:*"):
+        if recipe(path.name) in recipes:
+            copy = build.sstate / path.relative_to(mirror_files)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
 
 
 def started_with(build, multiconfig="default"):
@@ -251,11 +259,7 @@ def test_what_is_local_is_not_fetched(any_mirror, mirror_files, telling, patched
     server = any_mirror("http")
     build = telling(patched_tree, server)
     local = ALL[::2]
-    for path in mirror_files.glob("??/??/sstate:*"):
-        if recipe(path.name) in local:
-            copy = build.sstate / path.relative_to(mirror_files)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, copy)
+    copy_objects(mirror_files, build, local)
     result = restore(build)
     assert (result.returncode, problems(result.output)) == (0, [])
     assert build.restored() == ALL and started_with(build) == dict.fromkeys(ALL, True)

@@ -5,47 +5,22 @@
 import os
 import re
 import signal
-import subprocess
 import threading
 
 import pytest
 
 from netqueue.sshd import Sshd
 from system.conftest import FEW
-from system.observe import (SECONDS, damaged, names, problems, restore, server_pid, summary, unfinished, wait_until)
+from system.observe import (SECONDS, damaged, names, problems, restore, server_pid, summary, unfinished,
+                            wait_until)
 from system.peer import CLOSE, HANDLED, is_archive, is_object, send_part
-from system.test_prefetch import ALL, OFF
+from system.test_prefetch import ALL
 from system.test_processes import UNBUFFERED, interrupt, started
 
 pytestmark = pytest.mark.system
 
 # Of 1 MiB; demo-0003 is small
 LARGE, SMALL = "demo-0007", "demo-0003"
-
-
-def outcome(build, result):
-    """What is compared: how it ended, what was said, what is there."""
-    said = [re.sub(r"/\S*/|\b\d+(\.\d+)?\b", "_", line.replace(str(build.directory), ""))
-            for line in problems(result.output)]
-    return {"returncode": result.returncode, "said": sorted(said), "restored": build.restored(), "names": names(build.sstate)}
-
-
-@pytest.fixture
-def off_and_on(make_build, patched_tree):
-    """
-    Called with a function that returns a mirror, and what to do to a build before it runs: runs one without and
-    one with prefetch. Returns their outcomes, and the second build, mirror and result.
-    """
-    def make(make_mirror, prepare=lambda build: None, extra_conf="", **options):
-        outcomes = []
-        for name, conf in (("off", OFF), ("on", "")):
-            server = make_mirror()
-            build = make_build(patched_tree, server, name, extra_conf=conf + "\n" + extra_conf, **options)
-            prepare(build)
-            result = restore(build)
-            outcomes.append(outcome(build, result))
-        return (*outcomes, build, server, result)
-    return make
 
 
 def lost(*recipes):
@@ -123,76 +98,6 @@ def test_broken_once(faulty_mirror, mirror_files, make_build, patched_tree):
     assert (result.returncode, problems(result.output)) == (0, [])
     assert build.restored() == ALL and damaged(build.sstate, mirror_files) == []
     assert len(server.asked("GET", LARGE)) == 2 and summary(result.output).retries == 1
-
-
-# Disks
-
-def folder_of(mirror_files, wanted):
-    """The first of the two folders that a recipe's object is in"""
-    path, = (path for path in mirror_files.glob("??/??/sstate:%s:*.tar.zst" % wanted)
-             if ":r0:" in path.name)
-    return path.relative_to(mirror_files).parts[0]
-
-
-@pytest.mark.parametrize("protocol", ["http", "sftp"])
-def test_folder_that_is_a_file(protocol, any_mirror, mirror_files, off_and_on):
-    """One object cannot be put anywhere."""
-    name = folder_of(mirror_files, SMALL)
-
-    def prepare(build):
-        build.sstate.mkdir(parents=True)
-        (build.sstate / name).write_text("in the way")
-
-    off, on, build, _, _ = off_and_on(lambda: any_mirror(protocol), prepare)
-    assert on == off
-    assert on["restored"] == lost(SMALL)
-    assert damaged(build.sstate, mirror_files) == [] and unfinished(build.sstate) == [name]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where nobody may")
-def test_read_only_sstate_dir(any_mirror, off_and_on):
-    def prepare(build):
-        build.sstate.mkdir(parents=True)
-        build.sstate.chmod(0o555)
-
-    off, on, build, _, _ = off_and_on(lambda: any_mirror("http"), prepare)
-    build.sstate.chmod(0o755)
-    assert on == off
-    assert on["restored"] == on["names"] == []
-
-
-@pytest.fixture
-def small_disk():
-    """Called with a build and KiB: makes SSTATE_DIR a disk of that size."""
-    mounted = []
-
-    def mount(build, size):
-        build.sstate.mkdir(parents=True)
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=%dk,mode=755" % size, "tmpfs", str(build.sstate)],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            pytest.skip("a small disk cannot be mounted: %s" % done.stdout.strip())
-        mounted.append(build.sstate)
-
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    yield mount
-    for path in mounted:
-        subprocess.run(["umount", str(path)], stdin=subprocess.DEVNULL, check=True)
-
-
-def test_full_disk(any_mirror, mirror_files, off_and_on, small_disk):
-    """
-    There is room for all but the large one. Who comes after it is lost in any case: its task has wget try, and what
-    that leaves fills the disk. So it is not the same objects that are restored.
-    """
-    off, on, build, _, result = off_and_on(
-        lambda: any_mirror("http"), lambda build: small_disk(build, 512), threads=1,
-        extra_conf='BB_CONNECTION_CACHE_MAX = "1"\nBB_CONNECTION_CACHE_DEPTH = "1"')
-    assert LARGE not in on["restored"]
-    assert on["returncode"] == off["returncode"] and result.left == 0
-    assert damaged(build.sstate, mirror_files) == []
-    assert [name for name in unfinished(build.sstate) if not name.endswith(".tmp")] == []
 
 
 # The end
