@@ -10,10 +10,10 @@ import threading
 import pytest
 
 from netqueue.sshd import Sshd
-from system.conftest import FEW
-from system.observe import (SECONDS, damaged, names, problems, restore, server_pid, summary, unfinished,
-                            wait_until)
-from system.peer import CLOSE, HANDLED, is_archive, is_object, send_part
+from system.conftest import FEW, OFF
+from system.observe import (SECONDS, add_class, damaged, names, outcome, problems, restore, server_pid, summary,
+                            unfinished, wait_until)
+from system.peer import CLOSE, HANDLED, is_object, send_part
 from system.test_prefetch import ALL
 from system.test_processes import UNBUFFERED, interrupt, started
 
@@ -103,14 +103,17 @@ def test_broken_once(faulty_mirror, mirror_files, make_build, patched_tree):
 # The end
 
 class HeldHalf:
-    """A fault: of each archive half is sent, and the rest after release() only."""
+    """A fault: of the archives of some recipes half is sent, and the rest after released is set only."""
 
-    def __init__(self):
+    def __init__(self, recipes):
+        self.recipes = recipes
         self.waiting = []
         self.released = threading.Event()
 
     def __call__(self, talk, request, body):
-        if request.method != "GET" or not is_archive(request) or self.released.is_set():
+        if request.method != "GET" or self.released.is_set():
+            return None
+        if not any(is_object(request, name) for name in self.recipes):
             return None
         send_part(talk, body, len(body) // 2)
         self.waiting.append(request.target)
@@ -121,14 +124,22 @@ class HeldHalf:
 
 @pytest.fixture
 def held_half(faulty_mirror):
-    hold = HeldHalf()
-    yield hold, faulty_mirror(hold)
-    hold.released.set()
+    """Called with recipes, returns a HeldHalf and a mirror that has it."""
+    made = []
+
+    def make(recipes=ALL):
+        made.append(HeldHalf(recipes))
+        return made[-1], faulty_mirror(made[-1])
+
+    yield make
+    for hold in made:
+        hold.released.set()
 
 
 def half_files(build):
-    """Names in SSTATE_DIR of what is being fetched and has something in"""
-    return [name for name in names(build.sstate) if name.endswith(".new") and (build.sstate / name).stat().st_size]
+    """Names in SSTATE_DIR of archives that are being fetched, and have something in"""
+    return [name for name in names(build.sstate) if re.search(r"\.tar\.zst\.[^.]*\.new$", name)
+            and (build.sstate / name).stat().st_size]
 
 
 def in_the_middle(build, hold):
@@ -145,7 +156,7 @@ def in_the_middle(build, hold):
 @pytest.mark.parametrize("times", [1, 2])
 def test_interrupted(times, held_half, make_build, patched_tree):
     """What was under way for tasks that were not started is given up: the mirror is not waited for."""
-    hold, server = held_half
+    hold, server = held_half()
     build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
     running = in_the_middle(build, hold)
     try:
@@ -175,9 +186,78 @@ def test_interrupted_over_sftp(any_mirror, make_build, mirror_files, tmp_path, p
     assert unfinished(build.sstate) == [] and damaged(build.sstate, mirror_files) == []
 
 
+# One task runs until it is told to end
+LASTING = """
+do_populate_setscene[postfuncs] += "${@'last' if d.getVar('PN') == 'demo-0001' else ''}"
+python last() {
+    import time
+    for _ in range(2400):
+        if os.path.exists(d.expand("${TOPDIR}/end")):
+            return
+        time.sleep(0.05)
+    bb.fatal("not told to end")
+}
+"""
+
+
+def fill_disk(build, running, hold, ahead):
+    """
+    Once all that the mirror does not hold is restored and half of the rest is there, the disk that is watched becomes
+    full: /proc has no room. Then what is fetched ahead is given up, before a task that runs has ended; without
+    prefetch tasks fetch, to their end. Returns the Result.
+    """
+    try:
+        wait_until(lambda: build.restored() == lost(*hold.recipes) and len(hold.waiting) == len(hold.recipes)
+                   and (not ahead or len(half_files(build)) == len(hold.recipes)), "half of the rest is there", SECONDS)
+        (build.directory / "full").symlink_to("/proc")
+        (build.directory / "full").replace(build.directory / "watched")
+        wait_until(lambda: "disk space monitor action is" in running.output(), "the disk is full", SECONDS)
+        if ahead:
+            wait_until(lambda: not half_files(build), "what was under way is given up", SECONDS)
+        else:
+            hold.released.set()
+        (build.directory / "end").touch()
+        return running.wait(SECONDS)
+    finally:
+        running.kill()
+
+
+@pytest.mark.parametrize("action", ["STOPTASKS", "HALT"])
+def test_disk_monitor(action, held_half, mirror_files, make_build, stock_tree, patched_tree):
+    """What is under way is given up, and what the user is told is what stock tells. With room again all is restored."""
+    told = {}
+    for name, tree, conf in (("stock", stock_tree, ""), ("off", patched_tree, OFF), ("on", patched_tree, "")):
+        # More threads and connections than are held
+        hold, server = held_half(ALL[4:])
+        build = make_build(tree, server, name, threads=6, environment=UNBUFFERED, extra_conf=conf + """
+INHERIT += "lasting"
+BB_DISKMON_DIRS = "%s,${TOPDIR}/watched,1K"
+BB_CONNECTION_CACHE_MAX = "5"
+BB_CONNECTION_CACHE_DEPTH = "1"
+""" % action)
+        add_class(build, "lasting", LASTING)
+        (build.directory / "watched").touch()
+        result = fill_disk(build, started(build), hold, name == "on")
+        # Of a disk without any room stock warns each second
+        told[name] = (result.returncode, set(outcome(build, result)["said"]))
+        assert result.left == 0
+    assert told["on"] == told["off"] == told["stock"]
+    assert 'the disk space monitor action is "%s"' % action in result.output
+    assert build.restored() == ALL[:4] and not hold.released.is_set()
+    assert len(names(build.sstate)) == 2 * 4 and unfinished(build.sstate) == []
+    assert damaged(build.sstate, mirror_files) == []
+    hold.released.set()
+    (build.directory / "watched").unlink()
+    (build.directory / "watched").touch()
+    result = restore(build)
+    assert (result.returncode, problems(result.output), build.restored()) == (0, [], ALL)
+    assert len(names(build.sstate)) == 2 * FEW and unfinished(build.sstate) == []
+    assert damaged(build.sstate, mirror_files) == []
+
+
 def test_killed_server(held_half, mirror_files, make_build, patched_tree):
     """What it leaves half is not taken for an object by the next build."""
-    hold, server = held_half
+    hold, server = held_half()
     build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
     running = in_the_middle(build, hold)
     try:
