@@ -84,6 +84,9 @@ def read_only(request):
             if path.is_dir():
                 path.chmod(0o555)
                 folders.append(path)
+        # setpriv does not tell when it may not take that capability
+        if subprocess.run([*build.prefix, "test", "-w", str(build.sstate)], stdin=subprocess.DEVNULL).returncode == 0:
+            pytest.skip("root's capability to write where nobody may cannot be taken from it")
 
     yield make
     for path in folders:
