@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The picture of `scripts/bench build`: stock beside patched, as a SVG.
 
-Three columns of bars, for connections, requests and seconds; each column has a
-scale of its own, and a pair of bars for each cell.
+Three columns of bars, for connections, requests and seconds, and a pair of bars
+for each cell, of which the longer one has the full length.
 
     FILE.write_text(draw(rows, ("stock", "patched")))
 """
@@ -39,7 +39,7 @@ def draw(rows, variants):
         parts.append(_text(12, top + 14, row["cell"], 'font-weight="bold"'))
         parts.append(_text(12, top + 30, "%d objects, %.0f MiB" % (row["objects"], row["mib"]), 'fill="#5f6368"'))
         for place, (name, form) in enumerate(COLUMNS):
-            largest = max(other["variants"][variant][name] for other in rows for variant in variants)
+            largest = max(row["variants"][variant][name] for variant in variants)
             for line, (variant, colour) in enumerate(zip(variants, COLOURS)):
                 value = row["variants"][variant][name]
                 # What is very little still is something

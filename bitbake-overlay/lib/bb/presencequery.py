@@ -24,6 +24,7 @@ They hand their answers over through a queue and an event.
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -102,10 +103,14 @@ class Locations:
 
     def describe(self, method, ud):
         """The members of a Request for ud"""
+        return dict(self.describe_mirror(ud), method=method, url=client.request_url(ud))
+
+    def describe_mirror(self, ud):
+        """Those that are the same for all files on the mirror of ud"""
         if ud.type not in self._environments:
             self._environments[ud.type] = client.environment(ud.type, self.d)
         verify = ud.type == "sftp" or ud.method.check_certs(self.d)
-        return client.describe(method, ud, self._environments[ud.type], verify)
+        return client.describe_mirror(ud, self._environments[ud.type], verify)
 
 
 class Query:
@@ -119,6 +124,7 @@ class Query:
         self._d = self.locations.d
         self._network = not bb.utils.to_boolean(d.getVar("BB_NO_NETWORK"))
         self._hosts = {}
+        self._described = {}
         self._sizes = {}
         # Those of which nothing is known
         self._unknown = []
@@ -213,7 +219,8 @@ class Query:
         if not self._network:
             return False
         try:
-            request = Request(done=lambda *args: self._done(item, *args), **self.locations.describe("HEAD", ud))
+            request = Request("HEAD", client.request_url(ud), done=functools.partial(self._done, item),
+                              **self._describe_mirror(ud))
         except ValueError as e:
             # A proxy that is not http, for example: the fetcher may know what to do
             logger.debug2("%s: not over shared connections: %s", redact(ud.url), e)
@@ -227,6 +234,13 @@ class Query:
         item.host.asked += 1
         self._requests.append(request)
         return True
+
+    def _describe_mirror(self, ud):
+        """As Locations does, but once: ~/.netrc does not change while it is being asked for thousands of objects"""
+        mirror = ud.type, ud.host, ud.user, ud.pswd
+        if mirror not in self._described:
+            self._described[mirror] = self.locations.describe_mirror(ud)
+        return self._described[mirror]
 
     def _conclude(self, item, response, error):
         """The first candidate of item was asked for"""

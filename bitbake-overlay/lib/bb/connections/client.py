@@ -127,13 +127,18 @@ def environment(scheme, d):
 
 def describe(method, ud, environ, verify):
     """The members of a Request, with environ as environment() returned it"""
-    url = ud.url.split(";")[0]
+    return dict(describe_mirror(ud, environ, verify), method=method, url=request_url(ud))
+
+def describe_mirror(ud, environ, verify):
+    """Those that are the same for all files which are fetched from the host of ud as the user of ud"""
     if ud.type == "sftp":
-        return {"method": method, "url": url, "environment": environ}
+        return {"environment": environ}
     home = environ.get("HOME", "")
     environ = {name: value for name, value in environ.items() if name != "HOME"}
-    return {"method": method, "url": url, "environment": environ, "verify": verify,
-            "authorization": _authorization(ud, home)}
+    return {"environment": environ, "verify": verify, "authorization": _authorization(ud, home)}
+
+def request_url(ud):
+    return ud.url.partition(";")[0]
 
 def _ask(method, ud, d, verify, fd=None):
     """Returns an Answer, or None if there is none to be had here"""

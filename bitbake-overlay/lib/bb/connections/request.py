@@ -97,23 +97,20 @@ class Request:
         except ValueError:
             # Its message may quote the password
             raise ValueError("Not a valid URL") from None
-        if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+        if parts.scheme not in DEFAULT_PORTS or not parts.netloc:
             raise ValueError("Not a http, https or sftp URL: %s" % redact(url))
         if parts.scheme != "sftp" and (not url.isascii() or not url.isprintable() or " " in url):
             raise ValueError("Character that a URL cannot have in: %s" % redact(url))
         try:
-            port = parts.port or DEFAULT_PORTS[parts.scheme]
-        except ValueError:
-            # Its own message would have what stands there, which may be half a password
-            raise ValueError("Invalid port in: %s" % redact(url)) from None
+            self.origin = _origin(parts.scheme, parts.netloc)
+        except ValueError as e:
+            raise ValueError("%s: %s" % (e, redact(url))) from None
         self.url = url
         if parts.scheme == "sftp":
             self._set_path(parts)
-            self.origin = Origin("sftp", ssh_host(parts), port, urllib.parse.unquote(parts.username or ""))
-            self.route = SSHRoute(tuple(sorted(item for item in self.environment.items() if item[0] in SSH_ENVIRONMENT)))
+            self.route = SSHRoute(tuple((name, self.environment[name]) for name in SSH_ENVIRONMENT if name in self.environment))
         else:
-            self.origin = Origin(parts.scheme, parts.hostname, port, parts.username or "")
-            self.target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
             self.route = route(self.origin, self.environment, self.verify)
 
     def _set_path(self, parts):
@@ -156,9 +153,24 @@ def redact(url):
 def basic_auth(user, password):
     return "Basic " + base64.b64encode(("%s:%s" % (user, password)).encode("utf-8")).decode("ascii")
 
-def ssh_host(parts):
+@functools.lru_cache(maxsize=256)
+def _origin(scheme, netloc):
+    """Raises ValueError if netloc is none"""
+    parts = urllib.parse.SplitResult(scheme, netloc, "", "", "")
+    if not parts.hostname:
+        raise ValueError("Not a http, https or sftp URL")
+    try:
+        port = parts.port or DEFAULT_PORTS[scheme]
+    except ValueError:
+        # Its own message would have what stands there, which may be half a password
+        raise ValueError("Invalid port in") from None
+    if scheme == "sftp":
+        return Origin(scheme, ssh_host(netloc), port, urllib.parse.unquote(parts.username or ""))
+    return Origin(scheme, parts.hostname, port, parts.username or "")
+
+def ssh_host(netloc):
     """The host as it was written, since an alias in ssh's configuration is what it is"""
-    host = parts.netloc.rpartition("@")[2]
+    host = netloc.rpartition("@")[2]
     host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if host.startswith("-"):
         raise ValueError("Not a host name: %s" % host[:80])
