@@ -2,30 +2,23 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The benchmarks of scripts/bench: their arguments, and that of the dispatch.
 
-Each variant is a process of its own with the lib folder of one tree, since bb
-cannot be imported twice. presencebench.py and buildbench.py have the other
-benchmarks.
-
-Of the dispatch (dispatch.py) the processes live as long as the measurement and
-take turns of a few tasks each: a machine that becomes slower does so for all.
+pacebench.py, presencebench.py and buildbench.py have the other
+benchmarks. Of the dispatch (dispatch.py) each variant is a process with
+the lib folder of one tree (turns.py); they take turns of a few tasks each.
 """
 
 import contextlib
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
 from pathlib import Path
 
-from netqueue import Problem, buildbench, presencebench
+from netqueue import Problem, buildbench, pacebench, presencebench
 from netqueue.command import Parser
 from netqueue.presencebench import positive
 from netqueue.trees import checkout, shared_tree
+from netqueue.turns import Process
 
 DISPATCH = Path(__file__).with_name("dispatch.py")
-SECONDS = 1800
 # Name, whether of the patched tree, BB_NUMBER_NETWORK_THREADS
 VARIANTS = [("stock", False, ""), ("patched, limit unset", True, ""), ("patched, limit 4", True, "4")]
 
@@ -37,6 +30,10 @@ def main(arguments):
                                    description="CPU seconds in which the runqueue starts tasks.")
     add_options(dispatch)
     dispatch.set_defaults(run=run_dispatch)
+    pace = measures.add_parser("pace", help="tasks and transfers a second, of each alone and beside the other",
+                               description=pacebench.__doc__)
+    pacebench.add_options(pace)
+    pace.set_defaults(run=pacebench.run)
     presence = measures.add_parser("presence", help="what it costs to ask which objects a mirror has",
                                    description=presencebench.__doc__)
     presencebench.add_options(presence)
@@ -78,12 +75,12 @@ def run_dispatch(options):
     turns = max(1, options.starts // options.turn)
     runs = {name: [] for name, _, _ in VARIANTS}
     with contextlib.ExitStack() as stack:
-        processes = {name: stack.enter_context(Dispatch(trees[patched], limit, options)) for name, patched, limit in VARIANTS}
+        processes = {name: stack.enter_context(dispatcher(trees[patched], limit, options)) for name, patched, limit in VARIANTS}
         for process in processes.values():
             process.answer()
         for _ in range(turns):
             for name, process in processes.items():
-                runs[name].append(process.turn(options.turn))
+                runs[name].append(process.ask(options.turn))
     report = {"tasks": options.tasks, "starts": turns * options.turn, "setscene": options.setscene,
               "share": options.share, "threads": options.threads, "variants": {}}
     stock = [run["seconds"] for run in runs["stock"]]
@@ -101,38 +98,7 @@ def run_dispatch(options):
     return 0
 
 
-class Dispatch:
+def dispatcher(tree, limit, options):
     """A process of dispatch.py"""
-
-    def __init__(self, tree, limit, options):
-        self.tree = tree
-        arguments = {"lib": str(tree.path / "lib"), "limit": limit, "tasks": options.tasks,
-                     "setscene": options.setscene, "share": options.share, "threads": options.threads}
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([sys.executable, str(DISPATCH), json.dumps(arguments)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=self.errors, text=True)
-        # Whatever it does, it ends
-        self.timer = threading.Timer(SECONDS, self.process.kill)
-        self.timer.start()
-
-    def turn(self, starts):
-        with contextlib.suppress(BrokenPipeError):
-            print(starts, file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            raise Problem("%s: %s" % (self.tree.path, (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]))
-        return json.loads(line)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.timer.cancel()
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
+    return Process(DISPATCH, {"lib": str(tree.path / "lib"), "limit": limit, "tasks": options.tasks,
+                              "setscene": options.setscene, "share": options.share, "threads": options.threads}, tree.path)

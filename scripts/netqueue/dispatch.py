@@ -24,6 +24,22 @@ import types
 
 
 def main(lib, limit, tasks, setscene, share, threads):
+    bb, d = load(lib, limit, threads)
+    queue = make_queue(bb, d, make_data(tasks, setscene, share))
+    print(json.dumps({"peak": queue.peak}), flush=True)
+    starts = 0
+    for line in sys.stdin:
+        starts += int(line)
+        started = time.process_time()
+        calls = 0
+        while queue.ended < starts:
+            queue.rqexe.execute()
+            calls += 1
+        print(json.dumps({"seconds": time.process_time() - started, "calls": calls, "peak": queue.peak}), flush=True)
+
+
+def load(lib, limit, threads):
+    """The bb of the tree, and the configuration. limit: BB_NUMBER_NETWORK_THREADS."""
     sys.path.insert(0, lib)
     import bb.server.process
     import bb.cooker
@@ -36,18 +52,7 @@ def main(lib, limit, tasks, setscene, share, threads):
     d.setVar("BB_NUMBER_NETWORK_THREADS", limit)
     d.setVar("BB_HASHCHECK_FUNCTION", "all_are_there")
     bb.parse.siggen = Siggen()
-    queue = make_queue(bb, d, make_data(tasks, setscene, share))
-    queue.rqexe.execute()
-    print(json.dumps({"peak": queue.peak}), flush=True)
-    starts = 0
-    for line in sys.stdin:
-        starts += int(line)
-        started = time.process_time()
-        calls = 0
-        while queue.ended < starts:
-            queue.rqexe.execute()
-            calls += 1
-        print(json.dumps({"seconds": time.process_time() - started, "calls": calls, "peak": queue.peak}), flush=True)
+    return bb, d
 
 
 class Siggen:
@@ -100,6 +105,10 @@ def make_data(count, setscene, share):
 
 
 def make_queue(bb, d, rqdata):
+    """
+    A RunQueue whose rqexe has been called once. ended is how many tasks have ended, peak how many that use the
+    network ran at a time. Tasks end whenever may_end, which can be replaced, allows it.
+    """
     class Queue(bb.runqueue.RunQueue):
         """The real one, but for the workers and the preparation"""
 
@@ -107,6 +116,7 @@ def make_queue(bb, d, rqdata):
             super().__init__(cooker, cfgData, rqdata.dataCaches, rqdata.taskData, [])
             self.rqdata = rqdata
             self.ended = self.peak = 0
+            self.may_end = lambda: True
 
         def validate_hash(self, sq_data, *args):
             return set(sq_data["hash"])
@@ -115,7 +125,7 @@ def make_queue(bb, d, rqdata):
             """The oldest task has ended, once all threads are busy or nothing else can be started"""
             active = list(self.rqexe.build_stamps)
             self.peak = max(self.peak, sum(tid in rqdata.network for tid in active))
-            if active and (not self.rqexe.can_start_task() or self.idle == len(active)):
+            if active and (not self.rqexe.can_start_task() or self.idle == len(active)) and self.may_end():
                 self.rqexe.runqueue_process_waitpid(active[0], 0)
                 self.ended += 1
                 self.idle = -1
@@ -141,6 +151,7 @@ def make_queue(bb, d, rqdata):
             queue.rqexe.tasks_notcovered.add(tid)
         queue.rqexe.sqdone = True
     queue.state = bb.runqueue.RunQueueState.RUNNING
+    queue.rqexe.execute()
     return queue
 
 
