@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The benchmarks of scripts/bench: their arguments, and that of the dispatch.
 
-pacebench.py, presencebench.py and buildbench.py have the other
-benchmarks. Of the dispatch (dispatch.py) each variant is a process with
+pacebench.py, presencebench.py, buildbench.py and overheadbench.py have the
+other benchmarks. Of the dispatch (dispatch.py) each variant is a process with
 the lib folder of one tree (turns.py); they take turns of a few tasks each.
 """
 
@@ -12,7 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-from netqueue import Problem, buildbench, pacebench, presencebench
+from netqueue import Problem, buildbench, overheadbench, pacebench, presencebench
 from netqueue.command import Parser
 from netqueue.presencebench import positive
 from netqueue.trees import checkout, shared_tree
@@ -42,6 +42,10 @@ def main(arguments):
                                 description=buildbench.__doc__)
     buildbench.add_options(build)
     build.set_defaults(run=buildbench.run)
+    overhead = measures.add_parser("overhead", help="what a build costs that the series has nothing to gain for",
+                                   description=overheadbench.__doc__)
+    overheadbench.add_options(overhead)
+    overhead.set_defaults(run=overheadbench.run)
     options = parser.parse_args(arguments)
     return options.run(options)
 

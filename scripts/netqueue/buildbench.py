@@ -23,7 +23,6 @@ for both trees. Recipes are parsed before. The median counts.
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -36,12 +35,12 @@ import time
 import urllib.parse
 from pathlib import Path
 
-from netqueue import ROOT, Problem, environment, sshd
+from netqueue import ROOT, Problem, sshd
 from netqueue.buildpicture import draw
 from netqueue.certificates import make_certificates
 from netqueue.delay import delayed
 from netqueue.layer import Build
-from netqueue.presencebench import BuildMirror, open_mirror, patched_tree, positive
+from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
 from netqueue.report import Progress
 from netqueue.trees import shared_tree
 
@@ -91,11 +90,7 @@ def add_options(parser):
 
 def run(options):
     cells = [parse(name, options) for name in (MATRIX if options.matrix else options.cell or DEFAULT)]
-    if not importlib.util.find_spec("zstandard"):
-        # The demo's layer needs it
-        python = str(environment.ensure_venv(ROOT / "build" / "venv"))
-        sys.stdout.flush()
-        os.execv(python, [python] + sys.argv)
+    enter_venv()
     work = Path(tempfile.mkdtemp(prefix="build-", dir=ROOT / "build"))
     done, problems = [], []
     try:

@@ -97,11 +97,8 @@ def add_options(parser):
 def run(options):
     protocols = [name for name in PROTOCOLS if name in (options.protocol or PROTOCOLS)]
     parts = options.part or PARTS
-    if "build" in parts and not importlib.util.find_spec("zstandard"):
-        # The demo's layer needs it
-        python = str(environment.ensure_venv(ROOT / "build" / "venv"))
-        sys.stdout.flush()
-        os.execv(python, [python] + sys.argv)
+    if "build" in parts:
+        enter_venv()
     trees = {"stock": shared_tree(patched=False), "patched": patched_tree()}
     work = Path(tempfile.mkdtemp(prefix="presence-", dir=ROOT / "build"))
     rows, builds, problems = [], [], []
@@ -126,6 +123,14 @@ def run(options):
     if problems:
         raise Problem("; ".join(map(str, problems)))
     return 0
+
+
+def enter_venv():
+    """Start the command anew with what the demo's layer needs, if it is not there."""
+    if not importlib.util.find_spec("zstandard"):
+        python = str(environment.ensure_venv(ROOT / "build" / "venv"))
+        sys.stdout.flush()
+        os.execv(python, [python] + sys.argv)
 
 
 def patched_tree():

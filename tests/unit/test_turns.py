@@ -4,6 +4,7 @@
 
 import pytest
 
+from netqueue.overheadbench import verdict
 from netqueue.turns import interval, ratio, rotated
 
 
@@ -24,3 +25,8 @@ def test_ratio():
 
 def test_rotated():
     assert ["".join(rotated("abc", turn)) for turn in range(-1, 3)] == ["cab", "abc", "bca", "cab"]
+
+
+@pytest.mark.parametrize("low, high, says", [(0.98, 1.01, "not slower"), (1.011, 1.02, "slower"), (0.99, 1.02, "1 % is not resolved")])
+def test_verdict(low, high, says):
+    assert verdict(low, high).startswith(says)

@@ -1,0 +1,256 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the series costs a build that it has nothing to offer: `scripts/bench overhead`.
+
+Real builds of the same recipes, in which
+
+    no mirror       there is no SSTATE_MIRRORS, and everything is made
+    all local       everything is in SSTATE_DIR; there is a mirror, but nothing is to be asked of it, which is checked
+
+by stock bitbake, by patched bitbake and by patched bitbake with
+BB_CONNECTION_CACHE = "0", which take turns. The first run of each is not
+counted: recipes are parsed in it, and the server stays for the others. CPU
+seconds are those of the server, the worker and all tasks; those of the user
+interface are told apart.
+
+A ratio to stock is the median of those of the turns. Its interval is that of the
+sign test, so whether it is beyond 1 % is only said if that is so of all of it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from netqueue import ROOT, Problem
+from netqueue.layer import Build
+from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
+from netqueue.report import Progress
+from netqueue.trees import checkout, shared_tree
+from netqueue.turns import ratio, rotated
+
+STOCK, PATCHED, OFF = "stock", "patched", "switched off"
+VARIANTS = (STOCK, PATCHED, OFF)
+SWITCH = 'BB_CONNECTION_CACHE = "0"'
+PARTS = ("no mirror", "all local")
+MEASURES = (("seconds", "seconds"), ("cpu_seconds", "CPU seconds"), ("client_cpu_seconds", "CPU, interface"))
+LIMIT = 0.01
+SECONDS = 1800
+# How long the server stays when nothing is asked of it, and until it has come to rest after a build
+RESIDENT_SECONDS = 600
+REST_SECONDS = 30
+LOOK_SECONDS = 0.2
+
+
+def add_options(parser):
+    parser.add_argument("--objects", type=positive, default=100, metavar="N",
+                        help="recipes, each with one object (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=8, metavar="N",
+                        help="BB_NUMBER_THREADS (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=9, metavar="N",
+                        help="turns; less than 6 cannot be sure to 95 %% (default: %(default)s)")
+    parser.add_argument("--part", choices=PARTS, action="append", metavar="P",
+                        help='only this: "%s"; may be given more than once' % '" or "'.join(PARTS))
+    parser.add_argument("--stock", metavar="TREE", help="a checkout to use as stock bitbake")
+    parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+
+
+def run(options):
+    trees = find_trees(options)
+    enter_venv()
+    (ROOT / "build").mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="overhead-", dir=ROOT / "build"))
+    try:
+        rows = Bench(options, trees, work).measure()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(table(options, rows))
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure", "run")}
+        options.json.write_text(json.dumps({"options": settings, "parts": rows}, indent=1) + "\n")
+    return 0
+
+
+def find_trees(options):
+    """{variant: Tree}"""
+    stock = checkout(options.stock) if options.stock else shared_tree(patched=False)
+    patched = checkout(options.patched) if options.patched else patched_tree()
+    if stock.is_checkout != patched.is_checkout:
+        # The programs of a checkout alone cost more than what is looked for here
+        raise Problem("%s and %s differ by more than the series: name a checkout of each by --stock and --patched" %
+                      (stock.path, patched.path))
+    return {STOCK: stock, PATCHED: patched, OFF: patched}
+
+
+@dataclasses.dataclass
+class Place:
+    """Where a variant builds for a part. mirror: of presencebench.py, or None."""
+    part: str
+    variant: str
+    build: Build
+    mirror: object = None
+
+
+class Bench:
+    """The measurements of a run. work: a folder that is removed afterwards."""
+
+    def __init__(self, options, trees, work):
+        self.options = options
+        self.trees = trees
+        self.work = work
+        self.progress = Progress(sys.stderr)
+
+    def measure(self):
+        """{part: {variant: {measure: median, measure + "_min", "ratios", "runs"}}}"""
+        parts = [part for part in PARTS if part in (self.options.part or PARTS)]
+        return {part: self.measure_part(part) for part in parts}
+
+    def measure_part(self, part):
+        runs = {variant: [] for variant in VARIANTS}
+        with contextlib.ExitStack() as stack:
+            mirror = None
+            if part == "all local":
+                mirror = stack.enter_context(open_mirror("http", self.fill(), self.work / "mirror-home", None, log=True))
+            places = [stack.enter_context(self.place(part, variant, mirror)) for variant in VARIANTS]
+            for turn in range(-1, self.options.repeat):
+                self.progress.step("%s, %s" % (part, "turn %d of %d" % (turn + 1, self.options.repeat) if turn >= 0 else
+                                               "once before"))
+                for place in rotated(places, turn):
+                    figures = self.build(place)
+                    if turn >= 0:
+                        runs[place.variant].append(figures)
+                self.progress.done()
+        return {variant: summarise(runs[variant], runs[STOCK]) for variant in VARIANTS}
+
+    @contextlib.contextmanager
+    def place(self, part, variant, mirror):
+        folder = self.work / ("%s-%s" % (part, variant)).replace(" ", "-")
+        build = Build(folder, self.trees[variant], objects=self.options.objects, threads=self.options.threads,
+                      extra_conf=SWITCH if variant == OFF else "", mirror=mirror and BuildMirror(mirror.served.url),
+                      environment={"BB_SERVER_TIMEOUT": str(RESIDENT_SECONDS)})
+        if mirror:
+            shutil.copytree(self.work / "objects", build.sstate)
+        with build:
+            yield Place(part, variant, build, mirror)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def fill(self):
+        """Make all objects once. Returns the folder that has them."""
+        self.progress.step("making %d objects" % self.options.objects)
+        with Build(self.work / "fill", self.trees[STOCK], objects=self.options.objects, threads=self.options.threads) as build:
+            result = build.run(["demo-all"], timeout=SECONDS, progress=self.progress.follow)
+            if result.returncode or len(build.archives()) != self.options.objects:
+                raise Problem("the objects could not be made: bitbake ended with %d" % result.returncode)
+            build.sstate.rename(self.work / "objects")
+        shutil.rmtree(self.work / "fill")
+        self.progress.done()
+        return self.work / "objects"
+
+    def build(self, place):
+        """Build everything. Returns figures."""
+        build = place.build
+        shutil.rmtree(build.tmp, ignore_errors=True)
+        if place.mirror:
+            place.mirror.served.reset()
+        else:
+            shutil.rmtree(build.sstate, ignore_errors=True)
+        before, client = cpu_seconds(build), children_cpu_seconds()
+        result = build.run(["demo-all"], timeout=SECONDS)
+        client = children_cpu_seconds() - client
+        cpu = rested_cpu_seconds(build) - before
+        self.check(place, result)
+        return {"seconds": result.seconds, "cpu_seconds": cpu, "client_cpu_seconds": client}
+
+    def check(self, place, result):
+        where = "%s, %s: " % (place.part, place.variant)
+        if result.returncode:
+            raise Problem(where + "bitbake ended with %d" % result.returncode)
+        restored = len(place.build.restored())
+        if place.mirror:
+            counters = place.mirror.served.counters()
+            if counters.requests or counters.connections:
+                raise Problem(where + "the mirror got %d requests over %d connections" %
+                              (counters.requests, counters.connections))
+            if restored != self.options.objects:
+                raise Problem(where + "%d of %d objects were restored" % (restored, self.options.objects))
+        elif restored or len(place.build.archives()) != self.options.objects:
+            raise Problem(where + "%d of %d objects were made" % (len(place.build.archives()), self.options.objects))
+
+
+# CPU seconds
+
+def cpu_seconds(build):
+    """Of the build's processes and of all that they have waited for: the server and, after a build, its worker and tasks"""
+    return sum(ticks(pid) for pid in build.processes()) / os.sysconf("SC_CLK_TCK")
+
+
+def ticks(pid):
+    try:
+        fields = Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
+    except OSError:
+        # It has ended, and its parent has it
+        return 0
+    # utime, stime, cutime and cstime of proc(5), of which the first field here is the third
+    return sum(map(int, fields[11:15]))
+
+
+def rested_cpu_seconds(build):
+    """The same, once the server has done all that it does after a build: only it is left, and does nothing"""
+    deadline = time.monotonic() + REST_SECONDS
+    last = None
+    while time.monotonic() < deadline:
+        processes, now = build.processes(), cpu_seconds(build)
+        if len(processes) == 1 and now == last:
+            return now
+        last = now
+        time.sleep(LOOK_SECONDS)    # nothing else tells
+    raise Problem("%s: after a build there are %d processes, and no rest" % (build.directory.name, len(build.processes())))
+
+
+def children_cpu_seconds():
+    """Of children that have been waited for; of a build that is its user interface"""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+# What the user sees
+
+def summarise(runs, stock):
+    row = {"runs": runs, "ratios": {}}
+    for name, _ in MEASURES:
+        values = [figures[name] for figures in runs]
+        row[name], row[name + "_min"] = statistics.median(values), min(values)
+        row["ratios"][name] = ratio(values, [figures[name] for figures in stock])
+    return row
+
+
+def verdict(low, high):
+    """What the interval of a ratio to stock says of LIMIT"""
+    if low > 1 + LIMIT:
+        return "slower by more than 1 %"
+    if high <= 1 + LIMIT:
+        return "not slower by more than 1 %"
+    return "1 % is not resolved"
+
+
+def table(options, rows):
+    lines = []
+    for part, variants in rows.items():
+        lines += ["", "%s: %d recipes, %d threads, %d turns" % (part, options.objects, options.threads, options.repeat),
+                  "%-16s %-14s %9s %9s %9s   %s" % ("", "", "median", "minimum", "to stock", "interval")]
+        for name, title in MEASURES:
+            for variant, row in variants.items():
+                median, low, high, sure = row["ratios"][name]
+                text = "%-16s %-14s %9.2f %9.2f %9.4f" % (title, variant, row[name], row[name + "_min"], median)
+                if variant != STOCK:
+                    text += "   %.4f to %.4f, sure to %.1f %%: %s" % (low, high, 100 * sure, verdict(low, high))
+                lines.append(text)
+    return "\n".join(lines)
