@@ -70,9 +70,11 @@ class Process:
 
 
 def rotated(variants, turn):
-    """variants in the order of that turn: each is as often the first, the second ..."""
-    first = turn % len(variants)
-    return variants[first:] + variants[:first]
+    """variants in the order of that turn: each is as often the first, the second ... and as often before as behind another"""
+    count = len(variants)
+    first = turn % count
+    order = variants[first:] + variants[:first]
+    return order[::-1] if turn // count % 2 else order
 
 
 def ratio(values, others):
