@@ -55,7 +55,7 @@ def main(lib, tasks, starts, setscene, threads, rate, seconds, traffic):
         gc.collect()
         if mode in ("transfers", "both", "start"):
             fetching.start()
-        meter = meter if mode == "stop" else Meter(fetching)
+        meter = meter if mode == "stop" else Meter(fetching if mode != "dispatch" else None)
         late = []
         if mode == "transfers":
             fetching.wait(seconds)

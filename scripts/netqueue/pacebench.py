@@ -167,8 +167,10 @@ def rates(done):
     if done["tasks"] is not None:
         done.update(tasks_per_second=done["tasks"] / done["seconds"], wall_per_task=done["seconds"] / done["tasks"],
                     cpu_per_task=done["thread_cpu"] / done["tasks"])
+    if done["objects"] is not None:
+        done["objects_per_second"] = done["objects"] / done["seconds"]
     if done["objects"]:
-        done.update(objects_per_second=done["objects"] / done["seconds"], cpu_per_object=done["other_cpu"] / done["objects"])
+        done["cpu_per_object"] = done["other_cpu"] / done["objects"]
     return done
 
 
