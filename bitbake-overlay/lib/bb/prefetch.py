@@ -142,7 +142,9 @@ class Prefetch:
         """Take what has arrived, and ask for more. Does not block, but for the disk."""
         if not self._window:
             return
-        if self._connections.memory is None:
+        # It may end at any time, and says so to whoever asks it for something then
+        memory = self._connections.memory
+        if memory is None:
             # The connections have ended before the build: the tasks know what to do
             self.stop()
             return
@@ -151,9 +153,9 @@ class Prefetch:
             os.read(self._wakeup, 4096)
         except BlockingIOError:
             pass
+        self._forget()
         while self._answers:
             self._answered(*self._answers.popleft())
-        self._forget()
         first = []
         while self._has_room() and self._wanted and self._may_start():
             tid = self._wanted.popleft()
@@ -161,13 +163,13 @@ class Prefetch:
                 first += self._start(tid)
             elif tid not in self._under_way:
                 self.awaited.discard(tid)
-        self._connections.memory.submit(*first, first=True)
+        memory.submit(*first, first=True)
         # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
         while self._has_room() and len(self._ahead) < self._window and self._connections.pool.well():
             tid = self._following()
             if tid is None:
                 break
-            self._connections.memory.submit(*self._start(tid))
+            memory.submit(*self._start(tid))
         self._tell()
 
     def _has_room(self):
@@ -176,7 +178,8 @@ class Prefetch:
     def _forget(self):
         """Give up what no task will take"""
         running = self._rqexe.sq_running
-        self._ahead = {tid for tid in self._ahead if tid not in running}
+        # With another hash it is another object that the task will take
+        self._ahead = {tid for tid in self._ahead if tid not in running and self._tried[tid] is self._presence.files_of(tid)}
         # A task may also be skipped, or given up, while it waits
         self.awaited = {tid for tid in self.awaited if tid not in running}
         for tid, transfer in list(self._under_way.items()):
@@ -341,7 +344,6 @@ class Prefetch:
         self.awaited.discard(transfer.tid)
         self.objects += 1
         self.bytes += transfer.files.size or 0
-        self._connections.objects += 1
         if len(transfer.found) == len(transfer.files.names):
             self._presence.local([transfer.tid])
         logger.debug2("Fetched ahead for %s", transfer.tid)

@@ -32,6 +32,7 @@ import logging
 import os
 
 import bb
+from bb.connections import client
 from bb.connections.request import ENVIRONMENT
 from bb.presencequery import Query
 
@@ -149,7 +150,7 @@ class Presence:
         _, _, _, taskfn = bb.runqueue.split_tid_mcfn(tid)
         pn = self._rqdata.dataCaches[mc].pkg_fn[taskfn]
         return self._usual[mc] and not mcdata[mc].getVarFlag("BB_ALLOWED_NETWORKS", pn, False) and not any(
-            override == "pn-" + pn for name in names for _, override in mcdata[mc].overridedata.get(name, ()))
+            may_apply(override, pn, mcdata[mc]) for name in names for override in overrides(name, mcdata[mc]))
 
     def _known_to_hashserv(self, objects):
         """Those of objects whose hash the hash equivalence server knows; all if it cannot be asked"""
@@ -177,6 +178,20 @@ class Presence:
         if topic not in self._told:
             self._told.add(topic)
             logger.warning(text)
+
+
+def overrides(name, d):
+    """Those for which d has another value of the variable, or more or less of it"""
+    changes = list(d.overridedata.get(name, ()))
+    for operation in (":append", ":prepend", ":remove"):
+        changes += d.getVarFlag(name, operation, False) or []
+    return [override for _, override in changes if override]
+
+
+def may_apply(override, pn, d):
+    """Whether a recipe of that name may have the override, which the configuration d has not"""
+    new = set(override.split(":")) - set((d.getVar("OVERRIDES") or "").split(":"))
+    return bool(new) and not any(part.startswith("pn-") and part != "pn-" + pn for part in new)
 
 
 class Files:
@@ -207,8 +222,9 @@ class Files:
         url = "file://%s;downloadfilename=%s" % (name, name)
         _, uds = self._locations.find(url)
         ud = uds[self._place] if self._place < len(uds) else None
-        if ud is None or ud.localpath != os.path.join(self.directory, name):
-            raise ValueError("the fetcher puts %s elsewhere" % name)
+        # A mirror need not be one for all of the files, then another has its place
+        if ud is None or not client.supports(ud, self._locations.d) or ud.localpath != os.path.join(self.directory, name):
+            raise ValueError("the fetcher gets %s from, or puts it, elsewhere" % name)
         return self._locations.describe("GET", ud)
 
 

@@ -155,7 +155,9 @@ def _ask(method, ud, d, verify, fd=None):
 def _authorization(ud, home):
     """What is in the URL, else in ~/.netrc, as a value for Authorization, or None"""
     if ud.user and ud.pswd:
-        return basic_auth(ud.user, ud.pswd)
+        # The fetcher leaves them as they are in the URL; in a parameter nothing is quoted
+        return basic_auth(*(value if ud.parm.get(name) == value else urllib.parse.unquote(value)
+                            for name, value in (("user", ud.user), ("pswd", ud.pswd))))
     if not home:
         return None
     path = os.path.join(home, ".netrc")

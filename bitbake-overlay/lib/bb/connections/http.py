@@ -28,6 +28,7 @@ under way is up to the caller.
 import collections
 import functools
 import os
+import re
 import socket
 import ssl
 import time
@@ -43,6 +44,8 @@ from bb.connections.request import DEFAULT_PORTS, MAX_DIGITS, Response, redact
 MAX_HEAD = 64 * 1024
 MAX_DISCARD = 64 * 1024
 MAX_TRAILERS = 100
+# To guess whether an answer has arrived: what is said of its length counts when it is read
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
 
 
 class IdleClosed(Disconnected):
@@ -242,7 +245,8 @@ class HTTPConnection:
         pos = self._data.find(b"\r\n\r\n", self._start, self._end)
         if pos < 0 or request.method == "HEAD":
             return pos >= 0
-        return request.size is not None and self._end - pos - 4 >= request.size
+        length = _LENGTH.search(self._data, self._start, pos + 2)
+        return length is not None and self._end - pos - 4 >= int(length.group(1))
 
     def _read_answer(self, request):
         request.received = 0

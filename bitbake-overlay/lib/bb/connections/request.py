@@ -104,7 +104,8 @@ class Request:
         try:
             self.origin = _origin(parts.scheme, parts.netloc)
         except ValueError as e:
-            raise ValueError("%s: %s" % (e, redact(url))) from None
+            # With a slash or the like in it, a password is not where redact() looks for it
+            raise ValueError("%s: %s" % (e, redact(parts.scheme + "://" + url.partition("://")[2].rpartition("@")[2]))) from None
         self.url = url
         if parts.scheme == "sftp":
             self._set_path(parts)

@@ -112,6 +112,8 @@ class Connections:
         # Of the requests under way, of peers that have left too. A number is taken out before it is
         # closed: a child that closed it again might hit what has the number by then.
         self._files = set()
+        # Somebody else's that children close too
+        self._kept = set()
         self._stopping = False
 
     def start(self, needed=True):
@@ -185,19 +187,21 @@ class Connections:
         for origin, done in pool.hosts():
             bb.debug(1, "Sstate network, %s://%s: %s" % (origin.scheme, origin.host, summary("%s files" % done.files, done, seconds)))
         done = pool.statistics
+        objects = self.objects + (self.prefetch.objects if self.prefetch else 0)
         if done.requests:
-            bb.note("Sstate network: %s" % summary("%s objects" % self.objects, done, seconds))
-            bb.event.fire(bb.event.SstateNetworkSummary(self.objects, done.bytes, seconds, done.requests, done.connections,
+            bb.note("Sstate network: %s" % summary("%s objects" % objects, done, seconds))
+            bb.event.fire(bb.event.SstateNetworkSummary(objects, done.bytes, seconds, done.requests, done.connections,
                                                         done.retries, done.refusals), self.d)
 
     def keep_from_children(self, *fds):
         """Let forked children close fds, which are somebody else's"""
-        self._files.update(fds)
+        self._kept.update(fds)
 
     def close_kept(self, *fds):
         """Close what was given to keep_from_children()"""
         for fd in fds:
-            self._close(fd)
+            self._kept.discard(fd)
+            os.close(fd)
 
     def close_descriptors(self):
         """In a forked child: close what it shares with the server, touching no lock"""
@@ -207,7 +211,7 @@ class Connections:
         shared += [peer.sock for peer in list(self._peers.values())]
         for one in shared:
             one.close()
-        for fd in list(self._files):
+        for fd in list(self._files) + list(self._kept):
             os.close(fd)
 
     # In the threads of the pool

@@ -44,7 +44,6 @@ class Connections:
         self.settings = types.SimpleNamespace(prefetch=window)
         self.memory = self.pool = self
         self.healthy = True
-        self.objects = 0
         self.open = set()
         self.asked = []
 
@@ -219,7 +218,7 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual({stat.S_IMODE(os.stat(os.path.join(self.tempdir, name)).st_mode) for name in self.names()}, {0o664})
         self.assertEqual(stat.S_IMODE(os.stat(self.tempdir + "/ab").st_mode), 0o775)
         self.assertFalse(self.prefetch.awaits("a"))
-        self.assertEqual((self.local, self.connections.objects, self.prefetch.awaited), (["a"], 1, set()))
+        self.assertEqual((self.local, self.prefetch.objects, self.prefetch.awaited), (["a"], 1, set()))
 
     def test_without_a_siginfo(self):
         self.make({"a": set()})
@@ -393,6 +392,14 @@ class PrefetchTest(unittest.TestCase):
         self.assertIsInstance(event, bb.event.SstateFetchProgress)
         self.assertEqual((event.objects, event.total, event.size, event.total_size), (1, 1, 5, 5))
 
+    def test_another_hash_before_the_answer_is_taken(self):
+        self.make({"a": set()})
+        self.prefetch.process()
+        self.connections.answer()
+        self.files["a"] = Files(self.tempdir, "a", 2)
+        self.prefetch.process()
+        self.assertEqual(self.local, [])
+
     def random_graph(self, rand):
         tids = ["t%02d" % n for n in range(rand.randint(1, 25))]
         return {tid: set(rand.sample(tids[n + 1:], min(len(tids) - n - 1, rand.randint(0, 3)))) for n, tid in enumerate(tids)}
@@ -416,7 +423,9 @@ class PrefetchTest(unittest.TestCase):
         queue, connections = self.queue, self.connections
         tids = list(self.files)
         queue.outcomes = {tid: rand.choice(("skip", "fail")) for tid in tids if rand.random() < 0.2}
-        self.files = {tid: files for tid, files in self.files.items() if rand.random() < 0.8}
+        for tid in tids:
+            if rand.random() < 0.2:
+                del self.files[tid]
         skipped, fetched, running = set(queue.outcomes), set(), []
         for step in range(2000):
             self.prefetch.process()

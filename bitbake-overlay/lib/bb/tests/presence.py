@@ -18,7 +18,8 @@ import bb.parse
 from bb.connections import host, settings
 from bb.connections.memory import Memory
 from bb.connections.pool import Pool
-from bb.presence import Presence
+from bb.presence import Files, Presence, may_apply, overrides
+from bb.presencequery import Locations
 from bb.tests.connections import ConnectionsTest
 
 
@@ -140,6 +141,42 @@ class MirrorRulesTest(PresenceTest):
         with unittest.mock.patch("bb.fetch2.wget.Wget.checkstatus", side_effect=lambda fetch, ud, d: ud.path == "/ab/5"):
             self.assertEqual(self.query(["ab/5", "ab/6"]), {"ab/5": None})
         self.assertEqual(mirror.requests, [])
+
+
+class FilesTest(PresenceTest):
+    """What is fetched ahead"""
+
+    def files(self, place):
+        return Files(["a.tar.zst", "a.tar.zst.siginfo"], 1, "hash", 0o022, Locations(self.d), place)
+
+    def test_mirror_of_the_object_alone(self):
+        self.mirrors(r"file://.*\.tar\.zst$ http://one.invalid/PATH;downloadfilename=PATH")
+        files = self.files(0)
+        self.assertEqual(files.describe("a.tar.zst")["url"], "http://one.invalid/a.tar.zst")
+        with self.assertRaises(ValueError):
+            files.describe("a.tar.zst.siginfo")
+
+    def test_second_mirror_of_the_object_alone(self):
+        self.mirrors("file://.* http://one.invalid/PATH;downloadfilename=PATH",
+                     "file://.*zst$ http://two.invalid/PATH;downloadfilename=PATH")
+        files = self.files(1)
+        self.assertEqual(files.describe("a.tar.zst")["url"], "http://two.invalid/a.tar.zst")
+        with self.assertRaises(ValueError):
+            files.describe("a.tar.zst.siginfo")
+
+    def test_file_that_the_fetcher_puts_elsewhere(self):
+        self.mirrors("file://.* http://one.invalid/PATH;downloadfilename=other")
+        with self.assertRaises(ValueError):
+            self.files(0).describe("a.tar.zst")
+
+    def test_overrides_of_a_recipe(self):
+        self.d.setVar("OVERRIDES", "linux:x86")
+        for name, expected in (("X", []), ("X:pn-one", ["one"]), ("X:append:pn-one", ["one"]), ("X:remove:pn-one:x86", ["one"]),
+                               ("X:prepend:class-native", ["one", "two"]), ("X:x86", []), ("X:append:linux:x86", []), ("X:append", [])):
+            with self.subTest(name=name):
+                d = self.d.createCopy()
+                d.setVar(name, "value")
+                self.assertEqual([pn for pn in ("one", "two") if any(may_apply(o, pn, d) for o in overrides("X", d))], expected)
 
 
 class QueryTest(PresenceTest):
