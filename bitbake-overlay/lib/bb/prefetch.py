@@ -165,7 +165,7 @@ class Prefetch:
                 self.awaited.discard(tid)
         memory.submit(*first, first=True)
         # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
-        while self._has_room() and len(self._ahead) < self._window and self._connections.pool.well():
+        while self._has_room() and len(self._ahead) < self._window and memory.well():
             tid = self._following()
             if tid is None:
                 break

@@ -141,16 +141,17 @@ class Presence:
 
     def _as_usual(self, tid, settings):
         """Whether a task fetches as the query did, as far as that can be seen without its recipe's datastore"""
-        mc = bb.runqueue.mc_from_tid(tid)
-        # PATH is another one for each machine, and finds the same ssh
-        names = tuple(settings) + ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS") + tuple(set(ENVIRONMENT) - {"PATH"})
+        mc, _, _, taskfn = bb.runqueue.split_tid_mcfn(tid)
         mcdata = self._rqdata.cooker.databuilder.mcdata
         if mc not in self._usual:
-            self._usual[mc] = all(mcdata[mc].getVar(name) == mcdata[""].getVar(name) for name in names)
-        _, _, _, taskfn = bb.runqueue.split_tid_mcfn(tid)
+            # PATH is another one for each machine, and finds the same ssh
+            names = tuple(settings) + ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS") + tuple(set(ENVIRONMENT) - {"PATH"})
+            self._usual[mc] = (all(mcdata[mc].getVar(name) == mcdata[""].getVar(name) for name in names),
+                               [override for name in names for override in overrides(name, mcdata[mc])])
+        usual, changes = self._usual[mc]
         pn = self._rqdata.dataCaches[mc].pkg_fn[taskfn]
-        return self._usual[mc] and not mcdata[mc].getVarFlag("BB_ALLOWED_NETWORKS", pn, False) and not any(
-            may_apply(override, pn, mcdata[mc]) for name in names for override in overrides(name, mcdata[mc]))
+        return usual and not mcdata[mc].getVarFlag("BB_ALLOWED_NETWORKS", pn, False) and not any(
+            may_apply(override, pn) for override in changes)
 
     def _known_to_hashserv(self, objects):
         """Those of objects whose hash the hash equivalence server knows; all if it cannot be asked"""
@@ -181,17 +182,20 @@ class Presence:
 
 
 def overrides(name, d):
-    """Those for which d has another value of the variable, or more or less of it"""
+    """
+    Those for which d has another value of the variable, or more or less of it. Of each the set of its parts that
+    the configuration does not have anyway.
+    """
     changes = list(d.overridedata.get(name, ()))
     for operation in (":append", ":prepend", ":remove"):
         changes += d.getVarFlag(name, operation, False) or []
-    return [override for _, override in changes if override]
+    usual = set((d.getVar("OVERRIDES") or "").split(":"))
+    return [set(override.split(":")) - usual for _, override in changes if override]
 
 
-def may_apply(override, pn, d):
-    """Whether a recipe of that name may have the override, which the configuration d has not"""
-    new = set(override.split(":")) - set((d.getVar("OVERRIDES") or "").split(":"))
-    return bool(new) and not any(part.startswith("pn-") and part != "pn-" + pn for part in new)
+def may_apply(override, pn):
+    """Whether a recipe of that name may have the override, and the configuration has not"""
+    return bool(override) and not any(part.startswith("pn-") and part != "pn-" + pn for part in override)
 
 
 class Files:

@@ -49,6 +49,10 @@ class Memory:
         if new:
             self._pool.submit(*new, first=first)
 
+    def well(self, origin=None):
+        """As Pool.well()"""
+        return self._pool.well(origin)
+
     def _prepare(self, request):
         """Whether request has to be asked; its answer will be remembered then. If not, it is or will be answered."""
         key = request.key

@@ -42,7 +42,7 @@ class Connections:
 
     def __init__(self, window):
         self.settings = types.SimpleNamespace(prefetch=window)
-        self.memory = self.pool = self
+        self.memory = self
         self.healthy = True
         self.open = set()
         self.asked = []

@@ -176,7 +176,7 @@ class FilesTest(PresenceTest):
             with self.subTest(name=name):
                 d = self.d.createCopy()
                 d.setVar(name, "value")
-                self.assertEqual([pn for pn in ("one", "two") if any(may_apply(o, pn, d) for o in overrides("X", d))], expected)
+                self.assertEqual([pn for pn in ("one", "two") if any(may_apply(o, pn) for o in overrides("X", d))], expected)
 
 
 class QueryTest(PresenceTest):
