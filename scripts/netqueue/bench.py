@@ -8,17 +8,21 @@ the lib folder of one tree (turns.py); they take turns of a few tasks each.
 """
 
 import contextlib
-import json
-import statistics
 from pathlib import Path
 
 from netqueue import Problem, buildbench, overheadbench, pacebench, presencebench
+from netqueue.benchfiles import add_json, write_json
 from netqueue.command import Parser
 from netqueue.presencebench import positive
 from netqueue.trees import checkout, shared_tree
-from netqueue.turns import Process
+from netqueue.turns import Process, ratio
 
 DISPATCH = Path(__file__).with_name("dispatch.py")
+# The measurements that have a module of their own
+OTHERS = [("pace", pacebench, "tasks and transfers a second, of each alone and beside the other"),
+          ("presence", presencebench, "what it costs to ask which objects a mirror has"),
+          ("build", buildbench, "how long it takes to restore all objects of a build"),
+          ("overhead", overheadbench, "what a build costs that the series has nothing to gain for")]
 # Name, whether of the patched tree, BB_NUMBER_NETWORK_THREADS
 VARIANTS = [("stock", False, ""), ("patched, limit unset", True, ""), ("patched, limit 4", True, "4")]
 
@@ -30,22 +34,10 @@ def main(arguments):
                                    description="CPU seconds in which the runqueue starts tasks.")
     add_options(dispatch)
     dispatch.set_defaults(run=run_dispatch)
-    pace = measures.add_parser("pace", help="tasks and transfers a second, of each alone and beside the other",
-                               description=pacebench.__doc__)
-    pacebench.add_options(pace)
-    pace.set_defaults(run=pacebench.run)
-    presence = measures.add_parser("presence", help="what it costs to ask which objects a mirror has",
-                                   description=presencebench.__doc__)
-    presencebench.add_options(presence)
-    presence.set_defaults(run=presencebench.run)
-    build = measures.add_parser("build", help="how long it takes to restore all objects of a build",
-                                description=buildbench.__doc__)
-    buildbench.add_options(build)
-    build.set_defaults(run=buildbench.run)
-    overhead = measures.add_parser("overhead", help="what a build costs that the series has nothing to gain for",
-                                   description=overheadbench.__doc__)
-    overheadbench.add_options(overhead)
-    overhead.set_defaults(run=overheadbench.run)
+    for name, module, text in OTHERS:
+        measure = measures.add_parser(name, help=text, description=module.__doc__)
+        module.add_options(measure)
+        measure.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -68,7 +60,7 @@ def add_options(parser):
                         help="how many a variant starts in its turn (default: %(default)s)")
     parser.add_argument("--stock", metavar="TREE", help="a checkout to use as stock bitbake")
     parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+    add_json(parser)
 
 
 def run_dispatch(options):
@@ -90,15 +82,14 @@ def run_dispatch(options):
     stock = [run["seconds"] for run in runs["stock"]]
     for name, results in runs.items():
         seconds = [run["seconds"] for run in results]
-        ratios = [one / other for one, other in zip(seconds, stock)]
+        median = ratio(seconds, stock)[0]
         report["variants"][name] = {
-            "seconds": seconds, "ratio": sum(seconds) / sum(stock), "median_ratio": statistics.median(ratios),
+            "seconds": seconds, "ratio": sum(seconds) / sum(stock), "median_ratio": median,
             "calls": sum(run["calls"] for run in results), "peak": results[-1]["peak"]}
         print("%-22s %8.3f s  %6.3f of stock, median of %d turns %.3f, at most %d network tasks at a time"
-              % (name, sum(seconds), sum(seconds) / sum(stock), turns, statistics.median(ratios), results[-1]["peak"]),
+              % (name, sum(seconds), sum(seconds) / sum(stock), turns, median, results[-1]["peak"]),
               flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(options, report)
     return 0
 
 

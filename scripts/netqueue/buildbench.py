@@ -23,19 +23,18 @@ for both trees. Recipes are parsed before. The median counts.
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.parse
 from pathlib import Path
 
-from netqueue import ROOT, Problem, sshd
+from netqueue import Problem, sshd
+from netqueue.benchfiles import add_json, settings, work_folder, write_json
 from netqueue.buildpicture import draw
 from netqueue.certificates import make_certificates
 from netqueue.delay import delayed
@@ -84,16 +83,15 @@ def add_options(parser):
                         help="BB_NUMBER_THREADS (default: %(default)s)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each; the median counts "
                         "(default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+    add_json(parser)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw stock beside patched into FILE")
 
 
 def run(options):
     cells = [parse(name, options) for name in (MATRIX if options.matrix else options.cell or DEFAULT)]
     enter_venv()
-    work = Path(tempfile.mkdtemp(prefix="build-", dir=ROOT / "build"))
     done, problems = [], []
-    try:
+    with work_folder("build-") as work:
         bench = Bench(options, work)
         for cell in cells:
             try:
@@ -102,10 +100,7 @@ def run(options):
             except Problem as problem:
                 # What was measured before took minutes
                 problems.append("%s: %s" % (cell.name, problem))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    if options.json:
-        options.json.write_text(json.dumps(report(options, done), indent=1) + "\n")
+    write_json(options, report(options, done))
     if options.svg and done:
         options.svg.write_text(draw(done, (STOCK, PATCHED)))
     if problems:
@@ -125,10 +120,9 @@ def parse(name, options):
 
 
 def report(options, done):
-    settings = {name: value for name, value in vars(options).items() if name not in ("json", "svg", "measure", "run")}
     machine = {"cpus": os.cpu_count(), "kernel": os.uname().release, "machine": os.uname().machine,
                "python": sys.version.split()[0]}
-    return {"options": settings, "machine": machine, "cells": done}
+    return {"options": settings(options), "machine": machine, "cells": done}
 
 
 class Bench:

@@ -19,17 +19,16 @@ sign test, so whether it is beyond 1 % is only said if that is so of all of it.
 
 import contextlib
 import dataclasses
-import json
 import os
 import resource
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from netqueue import ROOT, Problem
+from netqueue import Problem
+from netqueue.benchfiles import add_json, settings, work_folder, write_json
 from netqueue.layer import Build
 from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
 from netqueue.report import Progress
@@ -60,22 +59,16 @@ def add_options(parser):
                         help='only this: "%s"; may be given more than once' % '" or "'.join(PARTS))
     parser.add_argument("--stock", metavar="TREE", help="a checkout to use as stock bitbake")
     parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+    add_json(parser)
 
 
 def run(options):
     trees = find_trees(options)
     enter_venv()
-    (ROOT / "build").mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="overhead-", dir=ROOT / "build"))
-    try:
+    with work_folder("overhead-") as work:
         rows = Bench(options, trees, work).measure()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     print(table(options, rows))
-    if options.json:
-        settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure", "run")}
-        options.json.write_text(json.dumps({"options": settings, "parts": rows}, indent=1) + "\n")
+    write_json(options, {"options": settings(options), "parts": rows})
     return 0
 
 

@@ -21,14 +21,12 @@ ratios of each turn, with the interval of the sign test.
 """
 
 import contextlib
-import json
-import shutil
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
-from netqueue import ROOT, Problem, pace
+from netqueue import Problem, pace
+from netqueue.benchfiles import add_json, settings, work_folder, write_json
 from netqueue.certificates import make_certificates
 from netqueue.presencebench import PROTOCOLS, open_mirror, patched_tree, positive
 from netqueue.query import object_name
@@ -72,7 +70,7 @@ def add_options(parser):
                         help="objects that are asked for at a time; prefetch has 48 (default: %(default)s)")
     parser.add_argument("--size", type=positive, default=4096, metavar="N",
                         help="bytes of an object, beside its .siginfo (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+    add_json(parser)
 
 
 def run(options):
@@ -86,22 +84,12 @@ def run(options):
     if options.under_way > 200:
         # Two files each, and servers have a limit of 1024 descriptors
         raise Problem("--under-way is at most 200")
-    work = Path(tempfile.mkdtemp(prefix="pace-", dir=build_folder()))
-    try:
+    with work_folder("pace-") as work:
         runs = measure(options, starts, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     report = summarise(options, runs)
     print(table(options, report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(options, report)
     return 0
-
-
-def build_folder():
-    folder = ROOT / "build"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def measure(options, starts, work):
@@ -175,8 +163,7 @@ def rates(done):
 
 
 def summarise(options, runs):
-    settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure", "run")}
-    report = {"options": settings, "modes": {}, "ratios": {}}
+    report = {"options": settings(options), "modes": {}, "ratios": {}}
     for mode, results in runs.items():
         medians = {name: statistics.median(result[name] for result in results)
                    for name in results[0] if all(result.get(name) is not None for result in results)}

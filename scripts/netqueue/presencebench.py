@@ -25,11 +25,11 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import urllib.parse
 from pathlib import Path
 
 from netqueue import ROOT, Problem, environment, query
+from netqueue.benchfiles import add_json, settings, work_folder, write_json
 from netqueue.certificates import make_certificates, trust
 from netqueue.delay import delayed
 from netqueue.layer import Build
@@ -92,7 +92,7 @@ def add_options(parser):
                         help="queries of each kind; the median counts (default: %(default)s)")
     parser.add_argument("--part", choices=PARTS, action="append", metavar="P",
                         help="only this: %s; may be given more than once" % ", ".join(PARTS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+    add_json(parser)
 
 
 def run(options):
@@ -101,9 +101,8 @@ def run(options):
     if "build" in parts:
         enter_venv()
     trees = {"stock": shared_tree(patched=False), "patched": patched_tree()}
-    work = Path(tempfile.mkdtemp(prefix="presence-", dir=ROOT / "build"))
     rows, builds, problems = [], [], []
-    try:
+    with work_folder("presence-") as work:
         bench = Bench(options, trees, work, Progress(sys.stderr))
         for protocol in protocols:
             # The memory is not the protocol's
@@ -115,12 +114,8 @@ def run(options):
             except Problem as problem:
                 # What was measured before took minutes
                 problems.append(problem)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     print(table(options, rows, builds))
-    if options.json:
-        settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure", "run")}
-        options.json.write_text(json.dumps({"options": settings, "queries": rows, "builds": builds}, indent=1) + "\n")
+    write_json(options, {"options": settings(options), "queries": rows, "builds": builds})
     if problems:
         raise Problem("; ".join(map(str, problems)))
     return 0

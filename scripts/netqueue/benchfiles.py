@@ -1,0 +1,48 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""The files of the benchmarks: the folder that each works in, and the JSON file that --json names.
+
+    add_json(parser)
+    ...
+    with work_folder("build-") as work:
+        ...
+    write_json(options, {"options": settings(options), "cells": cells})
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from netqueue import ROOT
+
+# Of the options those which say nothing of what was measured
+NO_SETTINGS = ("json", "svg", "measure", "run")
+
+
+def add_json(parser):
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE, too")
+
+
+@contextlib.contextmanager
+def work_folder(prefix):
+    """A new folder below build/, which is removed afterwards."""
+    build = ROOT / "build"
+    build.mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=build))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def settings(options):
+    """The options of a measurement, for its report."""
+    return {name: value for name, value in vars(options).items() if name not in NO_SETTINGS}
+
+
+def write_json(options, content):
+    """Write content if a file was asked for."""
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
