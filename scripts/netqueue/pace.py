@@ -7,7 +7,8 @@ dispatch.py, whose tasks do nothing), and, of a patched tree, the pool with its
 connections to a mirror. The pool's threads alone keep the transfers going, as
 many at a time as there are slots: an object is a file and its .siginfo, each a
 GET into a descriptor, of which the size of the first is known from a query.
-So what the main thread does is the runqueue's work and nothing else.
+So what the main thread does is the runqueue's work, and to give way to the transfers as Prefetch.process()
+does.
 
 Argument: a JSON object, see main(). Each line of its input is a mode, and what
 Meter.read() returns is written for it. An empty object comes before, when all
@@ -59,10 +60,12 @@ def main(lib, tasks, starts, setscene, threads, rate, seconds, traffic):
         late = []
         if mode == "transfers":
             fetching.wait(seconds)
-        elif queue and rate:
-            late = start_at_rate(queue, starts, rate)
         elif queue:
-            start_all(queue, starts)
+            execute = give_way(queue.rqexe.execute, fetching.pool) if mode == "both" else queue.rqexe.execute
+            if rate:
+                late = start_at_rate(queue, execute, starts, rate)
+            else:
+                start_all(queue, execute, starts)
         result = meter.read(starts if queue else None, late) if mode != "start" else {}
         if mode in ("transfers", "both", "stop"):
             fetching.stop()
@@ -94,20 +97,28 @@ class Meter:
                 "late95": sorted(late)[len(late) * 95 // 100] if late else None}
 
 
-def start_all(queue, starts):
+def give_way(execute, pool):
+    """execute(), with what it does while objects are under way"""
+    def call():
+        pool.give_way()
+        return execute()
+    return call
+
+
+def start_all(queue, execute, starts):
     wanted = queue.ended + starts
     deadline = time.monotonic() + TURN_SECONDS
     while queue.ended < wanted:
-        queue.rqexe.execute()
+        execute()
         if time.monotonic() > deadline:
             sys.exit("the runqueue has not started %d tasks within %d s" % (starts, TURN_SECONDS))
 
 
-def start_at_rate(queue, starts, rate):
+def start_at_rate(queue, execute, starts, rate):
     """One task ends each 1 / rate seconds, and the next is started in its place. Returns by how much each was late."""
     ready = []
     queue.may_end = lambda: bool(ready) and ready.pop()
-    while queue.rqexe.execute() is True:
+    while execute() is True:
         pass
     late = []
     due = time.monotonic()
@@ -118,7 +129,7 @@ def start_at_rate(queue, starts, rate):
         select.select([], [], [], max(0, due - time.monotonic()))
         ready.append(True)
         while ready:
-            queue.rqexe.execute()
+            execute()
             if time.monotonic() > deadline:
                 sys.exit("the runqueue has not started %d tasks within %d s" % (starts, TURN_SECONDS))
         late.append(time.monotonic() - due)

@@ -371,3 +371,104 @@ def test_redirects_have_an_end(pool, mirror):
     pool.submit(asked.request)
     assert asked.error().status == 302
     assert len(mirror.urls) == host_module.MAX_REDIRECTS + 1
+
+
+class Batches(Mirror):
+    """Answers all that is in flight at once, when released. sends: how many requests each send() had."""
+    trial = False
+
+    def __init__(self):
+        super().__init__()
+        self.sends = []
+
+    def __call__(self, origin, route, timeout):
+        return Batch(self, route)
+
+
+class Batch(PretendedConnection):
+    def send(self, requests):
+        super().send(requests)
+        with self.mirror.lock:
+            self.mirror.sends.append(len(requests))
+
+    def receive(self):
+        self.mirror.hold(self)
+        self.served += len(self.in_flight)
+        answers = [(request, Response(200, {}, 0), None) for request in self.in_flight]
+        self.in_flight.clear()
+        return answers
+
+
+def test_the_last_are_not_divided_again_and_again():
+    """Of 22 two connections with room for 8 have 16 under way; the one that is ready first takes what is left."""
+    mirror = Batches()
+    both = threading.Barrier(3)
+    gates = {}
+    order = []
+
+    def hold(connection):
+        first = connection.served == 0
+        if first:
+            both.wait(10)
+        else:
+            with mirror.lock:
+                order.append(connection)
+                gate = gates.setdefault(connection, threading.Semaphore(0))
+            assert gate.acquire(timeout=10)
+    mirror.hold = hold
+    pool = Pool(2, depth=8, classes={"http": mirror})
+    try:
+        begun = ask_all(pool, "HEAD", [URL + "a", URL + "b"])
+        wait_until(lambda: mirror.sends == [1, 1], "both are asked")
+        asked = [Asked("HEAD", URL + str(i)) for i in range(22)]
+        pool.submit(*[one.request for one in asked])
+        both.wait(10)
+        wait_until(lambda: len(order) == 2, "both have work")
+        assert mirror.sends[2:] == [8, 8]
+        gates[order[0]].release()
+        wait_until(lambda: len(order) == 3, "one has more")
+        assert mirror.sends[2:] == [8, 8, 6]
+        for gate in gates.values():
+            gate.release(100)
+        assert [one.status() for one in begun + asked] == [200] * 24
+    finally:
+        mirror.hold = lambda connection: None
+        both.abort()
+        for gate in gates.values():
+            gate.release(100)
+        assert pool.stop()
+
+
+def test_who_logs_in_gets_no_share():
+    mirror = Batches()
+    mirror.serial = True
+    mirror.hold = lambda connection: None
+    logged_in = threading.Event()
+    pool = Pool(4, depth=16, classes={"http": mirror})
+    try:
+        first = ask_all(pool, "HEAD", [URL])
+        assert [one.status() for one in first] == [200]
+        mirror.connecting = lambda: logged_in.wait(10)
+        asked = [Asked("HEAD", URL + str(i)) for i in range(16)]
+        pool.submit(*[one.request for one in asked])
+        assert [one.status() for one in asked] == [200] * 16
+        assert mirror.sends == [1, 16]
+    finally:
+        logged_in.set()
+        assert pool.stop()
+
+
+def test_the_host_has_work_before_answers_are_passed_on():
+    mirror = Mirror()
+    mirror.trial = False
+    pool = Pool(1, depth=2, classes={"http": mirror})
+    sent = []
+    try:
+        asked = [Asked("HEAD", URL + str(i)) for i in range(4)]
+        for one in asked:
+            one.request.done = lambda *answer, one=one: (sent.append(len(mirror.urls)), one._done(*answer))
+        pool.submit(*[one.request for one in asked])
+        assert [one.status() for one in asked] == [200] * 4
+        assert sent == [3, 4, 4, 4]
+    finally:
+        assert pool.stop()
