@@ -61,7 +61,7 @@ class Transfer:
     """
     The files of an object that are under way. temporary is {name: its temporary path}, requests those
     which have no answer yet, found the names which are complete. received and heard tell how many bytes had
-    arrived when that was last looked at, and when it had last changed.
+    arrived when that was last looked at, and when it had last changed. hurried tells that a task waits for it.
     """
     def __init__(self, tid, files):
         self.tid = tid
@@ -72,6 +72,7 @@ class Transfer:
         self.error = None
         self.received = 0
         self.heard = time.monotonic()
+        self.hurried = False
 
 
 class Prefetch:
@@ -94,8 +95,9 @@ class Prefetch:
         self._ahead = set()
         # Those which were awaited, also when their object is there. Cleared with each change of what is started.
         self._startable = set()
-        # Those of awaited that are not under way yet
+        # Those of awaited that are not under way yet, and those that are since before
         self._wanted = collections.deque()
+        self._hurried = []
         # {tid: files} that were tried, so that another name is another object
         self._tried = {}
         # Those which come next, whether that is to be found out (again), and not before when
@@ -164,12 +166,17 @@ class Prefetch:
             elif tid not in self._under_way:
                 self.awaited.discard(tid)
         memory.submit(*first, first=True)
+        hurried, self._hurried = self._hurried, []
+        memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
         # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
         while self._has_room() and len(self._ahead) < self._window and memory.well():
             tid = self._following()
             if tid is None:
                 break
             memory.submit(*self._start(tid))
+        if self._under_way:
+            # A runqueue that has a lot to do does not wait for anything
+            memory.give_way()
         self._tell()
 
     def _has_room(self):
@@ -212,6 +219,10 @@ class Prefetch:
         elif tid not in self._under_way:
             self.awaited.discard(tid)
             return False
+        elif not self._under_way[tid].hurried:
+            self._under_way[tid].hurried = True
+            self._hurried.append(self._under_way[tid])
+            self._wake()
         self.awaited.add(tid)
         self._startable.add(tid)
         return True

@@ -41,13 +41,10 @@ logger = logging.getLogger("BitBake.RunQueue")
 # URLs yet, for which much more memory is needed than for the answer.
 WINDOW = 2048
 
-# Requests that are handed over together: each wakes the threads of the connections up
+# Requests that are handed over together: each wakes the threads of the connections up. And those which make
+# somebody connect, since that takes long.
 BATCH = 64
-
-# So many objects are turned into URLs, for about 0.2 ms each, before the threads of the connections get their
-# turn for these seconds. Unasked, Python gives it to them after 5 ms only, time and again in a round trip.
-YIELD_EACH = 8
-YIELD = 0.00005
+FIRST_BATCH = 8
 
 # Seconds between two looks at the clock and at the user's interrupts, and between two updates of the progress
 STEP = 0.5
@@ -170,10 +167,9 @@ class Query:
         total = len(waiting)
         heard = shown = time.monotonic()
         while waiting or self._pending:
-            for number in range(min(BATCH, len(waiting), WINDOW - len(self._pending))):
+            for _ in range(min(BATCH if self._hosts else FIRST_BATCH, len(waiting), WINDOW - len(self._pending))):
                 self._begin(*waiting.popleft())
-                if number % YIELD_EACH == YIELD_EACH - 1:
-                    time.sleep(YIELD)
+                self._memory.give_way()
             requests, self._requests = self._requests, []
             self._memory.submit(*requests)
             if not self._answers and (len(self._pending) >= WINDOW or not waiting):

@@ -27,7 +27,6 @@ pool.py calls this.
 """
 
 import collections
-import contextlib
 import random
 import threading
 import time
@@ -90,9 +89,10 @@ class Host:
         self._turn = threading.Condition(self._cond)
         self._queue = collections.deque()
         self._threads = set()
-        # Of the threads: those which may have a connection, and of these those which wait, start or connect
+        # Of the threads: those which may have a connection, and of these those which wait for a request or are about
+        # to look for one, start or connect
         self._active = 0
-        self._idle = 0
+        self._idle = set()
         self._starting = 0
         self._connecting = 0
         self._limit = pool.limit
@@ -113,6 +113,14 @@ class Host:
 
     def submit(self, requests, first=False):
         self._queue_up(requests, first)
+
+    def hurry(self, requests):
+        """Move those of requests that are queued to the front"""
+        with self._cond:
+            waiting = [request for request in requests if request in self._queue]
+            for request in waiting:
+                self._queue.remove(request)
+            self._queue.extendleft(reversed(waiting))
 
     def _queue_up(self, requests, first):
         """Queue requests, at the front if first. Those which cannot be hear it at once."""
@@ -160,7 +168,7 @@ class Host:
 
     def _grow(self):
         """Called with the condition held. Returns a thread to start, if one is of use and allowed."""
-        waiting = self._idle + self._starting + self._connecting
+        waiting = len(self._idle) + self._starting + self._connecting
         if self._stopped or waiting >= len(self._queue) or self._active >= self._limit or not self.pool.reserve():
             return None
         self._active += 1
@@ -197,6 +205,7 @@ class Host:
         connection = None
         with self._cond:
             self._starting -= 1
+            self._idle.add(threading.current_thread())
         while True:
             route = self._wait(connection)
             if connection and connection.route != route:
@@ -218,6 +227,7 @@ class Host:
         has to be made first, it is counted as one that connects.
         """
         idle_until = time.monotonic() + IDLE
+        self._be_idle()
         with self._cond:
             while not self._stopped and self._active <= self._limit:
                 now = time.monotonic()
@@ -228,15 +238,13 @@ class Host:
                         return None
                 elif wait <= 0:
                     route = self._queue[0].route
-                    if connection and connection.route == route:
-                        return route
-                    if not (self._class.serial and self._connecting):
-                        self._connecting += 1
+                    found = connection and connection.route == route
+                    if found or not (self._class.serial and self._connecting):
+                        self._connecting += not found
+                        self._idle.discard(threading.current_thread())
                         return route
                     condition, wait = self._turn, IDLE
-                self._idle += 1
                 condition.wait(wait)
-                self._idle -= 1
         return None
 
     def _leave(self):
@@ -247,6 +255,7 @@ class Host:
             self._active -= 1
             self.pool.release()
             self._threads.discard(threading.current_thread())
+            self._idle.discard(threading.current_thread())
             # The wake-up of a request may have been ours
             self._cond.notify()
             return True
@@ -269,9 +278,10 @@ class Host:
             # Connections fail together: that is one failure for who waits
             if error and started >= self._failed_at and self._queue and self._queue[0].route == route:
                 request = self._queue.popleft()
+            if error:
+                self._be_idle()
         if error:
-            with self._as_idle():
-                self._failed(request, error, started)
+            self._failed(request, error, started)
         return connection
 
     def _connect(self, route):
@@ -299,13 +309,16 @@ class Host:
         """Ask what waits, until nothing does. Returns the connection if it can be used further, else None."""
         try:
             while True:
-                requests = self._take(connection)
-                if requests:
-                    self._send(connection, requests)
+                self._refill(connection)
                 if not connection.in_flight:
                     return connection
                 answers = connection.receive()
-                self._answered(answers)
+                try:
+                    if self._may_go_on(connection, answers):
+                        # Who waits for the answers can do so while the host has work again
+                        self._refill(connection)
+                finally:
+                    self._answered(answers)
                 if connection.error:
                     raise connection.error
                 if not connection.reusable:
@@ -323,17 +336,25 @@ class Host:
                 finish(request, None, internal(e))
         return None
 
+    def _refill(self, connection):
+        requests = self._take(connection)
+        if requests:
+            self._send(connection, requests)
+
+    def _may_go_on(self, connection, answers):
+        """Whether answers say nothing that has to be thought about before more is sent"""
+        return (connection.reusable and not connection.error and not self._pipelining.untested and
+                all(not error and not refusal(request, response) for request, response, error in answers))
+
     def _take(self, connection):
         """The requests to send next on connection: those which wait longest, no more than fit"""
         taken = []
         cancelled = []
         with self._cond:
+            self._idle.discard(threading.current_thread())
             if self._stopped or self._active > self._limit or time.monotonic() < self._pause_until:
                 return taken
-            room = self._pipelining.room(connection, self._depth)
-            if room > 0 and self._queue:
-                # The other connections get their share
-                room = min(room, -(-len(self._queue) // self._active))
+            room = min(self._pipelining.room(connection, self._depth), self._share(connection))
             flying = connection.in_flight
             count = len(flying)
             bodies = sum(map(weight, flying))
@@ -354,6 +375,20 @@ class Host:
             finish(request, None, Cancelled("nobody waits for it"))
         return taken
 
+    def _share(self, connection):
+        """
+        Called with the condition held. How many more requests connection may have, the others being to get theirs:
+        its part of what waits, or what it lacks of its part of all, lest the last are divided again and again.
+        """
+        connections = list(self.connections)
+        sharing = self._active
+        if self._class.serial:
+            # One that logs in is not there for many round trips
+            sharing = max(sum(one.reusable for one in connections), 1)
+        queued = len(self._queue)
+        flying = sum(len(one.in_flight) for one in connections)
+        return max(-(-queued // sharing), -(-(queued + flying) // sharing) - len(connection.in_flight))
+
     def _send(self, connection, requests):
         now = time.monotonic()
         for request in requests:
@@ -361,19 +396,13 @@ class Host:
         self.statistics.count(requests=len(requests))
         connection.send(requests)
 
-    @contextlib.contextmanager
-    def _as_idle(self):
+    def _be_idle(self):
         """
-        Count this thread as one that waits, which it is about to: what is queued meanwhile, because of an
-        answer or its absence, needs no further connection.
+        Count this thread as one that waits until it has looked for requests: what is queued before, because of
+        an answer or its absence, needs no further connection.
         """
         with self._cond:
-            self._idle += 1
-        try:
-            yield
-        finally:
-            with self._cond:
-                self._idle -= 1
+            self._idle.add(threading.current_thread())
 
     def _answered(self, answers):
         """Pass on answers"""
@@ -384,16 +413,16 @@ class Host:
             with self._cond:
                 thread = self._succeeded(good)
         self._start(thread)
-        with self._as_idle():
-            for request, response, error in answers:
-                try:
-                    if error:
-                        self._failed(request, error, request.sent)
-                    else:
-                        self._answer(request, response)
-                except Exception as e:
-                    # A fault of ours must not leave a task waiting
-                    finish(request, None, internal(e))
+        self._be_idle()
+        for request, response, error in answers:
+            try:
+                if error:
+                    self._failed(request, error, request.sent)
+                else:
+                    self._answer(request, response)
+            except Exception as e:
+                # A fault of ours must not leave a task waiting
+                finish(request, None, internal(e))
 
     def _succeeded(self, count):
         """Called with the condition held. Returns a thread to start: what waits may be all there is."""
@@ -424,8 +453,8 @@ class Host:
             with self._cond:
                 self._pipelining.end(outcome)
             if not answers:
-                with self._as_idle():
-                    self._queue_up(requests, True)
+                self._be_idle()
+                self._queue_up(requests, True)
         self._answered(answers)
         if outcome in ("fails", "broke") or connection.in_flight:
             self._drop(connection)
@@ -443,29 +472,28 @@ class Host:
             self._pipelining.closed(connection)
         unanswered = list(connection.in_flight)
         self._drop(connection)
-        with self._as_idle():
-            self._queue_up(unanswered, True)
+        self._be_idle()
+        self._queue_up(unanswered, True)
 
     def _lost(self, connection, error):
         """The connection is broken. What was not answered is asked again; the first of it may be the reason."""
         unanswered = list(connection.in_flight)
         served = connection.served
         self._drop(connection)
+        self._be_idle()
         with self._cond:
             if len(unanswered) > 1 and isinstance(error, (ProtocolError, TimedOutError)) and not isinstance(error, IdleClosed):
                 self._pipelining.broken(served, error)
         if isinstance(error, Disconnected):
             if served:
                 # A server may end a connection at any time (RFC 9112 9.5), that is no failure
-                with self._as_idle():
-                    self._queue_up(unanswered, True)
+                self._queue_up(unanswered, True)
                 return
             # How those with a limit of connections refuse which do not get as far as 503
             error = RefusedError(str(error))
         if unanswered:
-            with self._as_idle():
-                self._queue_up(unanswered[1:], True)
-                self._failed(unanswered[0], error, unanswered[0].sent)
+            self._queue_up(unanswered[1:], True)
+            self._failed(unanswered[0], error, unanswered[0].sent)
 
     def _failed(self, request, error, started):
         """Pause or break the host as error demands; try request, if there is one, again or end it."""

@@ -49,9 +49,17 @@ class Memory:
         if new:
             self._pool.submit(*new, first=first)
 
+    def hurry(self, *requests):
+        """As Pool.hurry()"""
+        self._pool.hurry(*requests)
+
     def well(self, origin=None):
         """As Pool.well()"""
         return self._pool.well(origin)
+
+    def give_way(self):
+        """As Pool.give_way()"""
+        self._pool.give_way()
 
     def _prepare(self, request):
         """Whether request has to be asked; its answer will be remembered then. If not, it is or will be answered."""

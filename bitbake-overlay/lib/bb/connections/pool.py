@@ -30,6 +30,11 @@ from bb.connections.sftp import SFTPConnection
 # server/process.py can deal with the first 1024 only.
 MAX_CONNECTIONS = 128
 
+# A thread that only computes may do so for WORK seconds before those of the connections have YIELD seconds for
+# themselves. Unasked, Python lets them run after 5 ms, and again for each of the many short waits of an answer.
+WORK = 0.0015
+YIELD = 0.00005
+
 CLASSES = {"http": HTTPConnection, "https": HTTPConnection, "sftp": SFTPConnection}
 
 
@@ -48,6 +53,7 @@ class Pool:
         self._hosts = {}
         self._reserved = 0
         self._stopped = False
+        self._yielded = 0
 
     def submit(self, *requests, first=False):
         """Queue requests, before all others if first. Does not block, unless in the done of a request that fails at once."""
@@ -64,6 +70,14 @@ class Pool:
             else:
                 for request in group:
                     finish(request, None, Cancelled("the build has ended"))
+
+    def hurry(self, *requests):
+        """Those of requests which were submitted and are still queued come before all others now. Does not block."""
+        with self._lock:
+            hosts = {request.origin: self._hosts.get(request.origin) for request in requests}
+        for origin, host in hosts.items():
+            if host:
+                host.hurry([request for request in requests if request.origin == origin])
 
     def reserve(self):
         """For a host: whether there may be one more connection. It is counted then."""
@@ -96,6 +110,15 @@ class Pool:
         with self._lock:
             hosts = [self._hosts.get(origin)] if origin else list(self._hosts.values())
         return all(host is None or host.well for host in hosts)
+
+    def give_way(self):
+        """
+        Let the connections work, if they could not for a while. For the runqueue's thread, when there is
+        something to be asked or awaited. Blocks for a fraction of a millisecond, if at all.
+        """
+        if time.monotonic() - self._yielded > WORK:
+            time.sleep(YIELD)
+            self._yielded = time.monotonic()
 
     def hosts(self):
         """The hosts that were asked: for each its Origin and Statistics"""

@@ -123,6 +123,8 @@ class SFTPConnection:
         self._handles = 0
         self._max_handles = HANDLES
         self._read_size = READ
+        # Until when it has to be told what the limits are, before which no file is opened; None once it was
+        self._limits_due = None
         # Bytes that READs have asked for
         self._outstanding = 0
         # Transfers that wait for a handle, and those which want a READ
@@ -171,12 +173,14 @@ class SFTPConnection:
             raise ProtocolError("a packet is too short")
         self._start = stop
         if b"limits@openssh.com" in strings[::2]:
+            # Who waits for a STAT need not wait for that
+            self._limits_due = deadline
             self._ask(FXP_EXTENDED, b"limits@openssh.com", b"", self._limits)
-            while self._pending:
-                self._exchange(deadline)
+            self._ssh.flush()
 
     def _limits(self, kind, pos, stop):
         """OpenSSH's PROTOCOL, 4.8. 0 is no limit, or an unknown one."""
+        self._limits_due = None
         if kind == FXP_EXTENDED_REPLY and stop - pos >= LIMITS.size:
             _, read, _, handles = LIMITS.unpack_from(self._data, pos)
             self._read_size = min(max(read, READ), MAX_READ)
@@ -278,7 +282,8 @@ class SFTPConnection:
             raise self.error
         try:
             while self.in_flight and not self._answers:
-                self._exchange(time.monotonic() + self.timeout)
+                deadline = time.monotonic() + self.timeout
+                self._exchange(min(deadline, self._limits_due or deadline))
         except Exception as e:
             self.reusable = False
             if not isinstance(e, ConnectionCacheError):
@@ -336,7 +341,7 @@ class SFTPConnection:
 
     def _proceed(self):
         """Send the OPENs and READs that there is room for, one READ for each file in its turn"""
-        while self._unopened and self._handles < self._max_handles:
+        while self._unopened and self._handles < self._max_handles and self._limits_due is None:
             transfer = self._unopened.popleft()
             if transfer.request.cancelled:
                 self._finish(transfer.request, None, None)

@@ -344,6 +344,31 @@ class PoolTest(ConnectionsTest):
         self.assertEqual(own_threads(), [])
 
 
+class HurryTest(ConnectionsTest):
+    def test_what_is_awaited_comes_first(self):
+        one = pool.Pool(1)
+        self.addCleanup(one.stop)
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        url = "http://127.0.0.1:%s/" % listener.getsockname()[1]
+        answered = threading.Semaphore(0)
+        requests = [Request("HEAD", url + str(n), {}, done=lambda *args: answered.release()) for n in range(6)]
+        one.submit(*requests)
+        asked = []
+        with listener.accept()[0] as sock, sock.makefile("rb") as stream:
+            for n in range(6):
+                asked.append(int(stream.readline().split()[1][1:]))
+                while stream.readline() != b"\r\n":
+                    pass
+                if n == 0:
+                    # The first has been sent already
+                    one.hurry(requests[4], requests[0], requests[2])
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
+            for _ in requests:
+                self.assertTrue(answered.acquire(timeout=30))
+        self.assertEqual(asked, [0, 4, 2, 1, 3, 5])
+
+
 class PipeliningTest(PoolTest):
     """What the pool does must not depend on how many requests are under way"""
     DEPTH = 16

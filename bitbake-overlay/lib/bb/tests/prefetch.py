@@ -50,6 +50,12 @@ class Connections:
     def submit(self, *requests, first=False):
         self.asked = list(requests) + self.asked if first else self.asked + list(requests)
 
+    def hurry(self, *requests):
+        self.asked.sort(key=lambda request: request not in requests)
+
+    def give_way(self):
+        pass
+
     def well(self):
         return self.healthy
 
@@ -200,6 +206,14 @@ class PrefetchTest(unittest.TestCase):
         self.queue.sq_running.add("a")
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["c"])
+
+    def test_what_is_under_way_and_awaited_comes_first(self):
+        self.make({tid: set() for tid in "abcd"}, window=4)
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["a", "b", "c", "d"])
+        self.assertTrue(self.prefetch.awaits("c"))
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["c", "a", "b", "d"])
 
     def test_landing(self):
         """The siginfo is there before the object, and both have the mode that the umask leaves"""

@@ -437,6 +437,50 @@ class FilesTest(SFTPTest):
 
         self.get_all(Refusing({}))
 
+    def test_limits_that_are_told_late(self):
+        """STATs do not wait for them, OPENs do"""
+        class Late(Shuffling):
+            limits = (261120, 0, 2)
+
+            def __call__(self, session):
+                session.greet(extensions=string(b"limits@openssh.com") + string(b"1"))
+                limits, stat = session.receive(), session.receive()
+                self.kinds = limits[0], stat[0], bool(select.select([session.sock], [], [], 0.1)[0])
+                session.send(*self.answer(*stat))
+                session.send(*self.answer(*limits))
+                session.greet = lambda extensions: None
+                super().__call__(session)
+
+        files = {"/%s" % n: content(n) for n in range(10)}
+        server = Late(files)
+        connection = self.connect(server)
+        requests = [self.request("GET", "/%s" % n) for n in range(10)]
+        self.assertEqual(self.ask(connection, *requests, self.request("HEAD", "/9"))[9:], [(200, 9), (200, 9)])
+        self.assertEqual(server.kinds, (sftp.FXP_EXTENDED, sftp.FXP_STAT, False))
+        self.assertEqual(server.most_handles, 2)
+
+    def test_limits_that_never_come(self):
+        class Silent(Server):
+            extensions = string(b"limits@openssh.com") + string(b"1")
+
+            def __call__(self, session):
+                session.greet(extensions=self.extensions)
+                self.kind = session.receive()[0]
+                while True:
+                    session.send(*self.answer(*session.receive()))
+
+        server = Silent({"/x": b"x"})
+        connection = self.connect(server)
+        self.assertEqual(self.ask(connection, self.request("HEAD", "/x")), [(200, 1)])
+        self.assertEqual(server.kind, sftp.FXP_EXTENDED)
+        connection.timeout = 0.1
+        request = self.request("GET", "/x")
+        connection.send([request])
+        with self.assertRaises(TimedOutError):
+            connection.receive()
+        self.assertEqual(list(connection.in_flight), [request])
+        self.assertEqual(server.opened, 0)
+
     def test_nobody_waits_for_the_other(self):
         """More requests than the system buffers, for a server that waits until each answer is taken"""
         server = Server({"/" + "x" * 200: b"x"})
