@@ -227,6 +227,8 @@ class Bench:
             row["objects_per_second"] = row["objects"] / row["seconds"]
             if row["part"] == "single":
                 row["share"] = row["objects_per_second"] * seconds / self.options.depth
+                # Of which the time to connect, and to log in, is no part
+                row["pace"] = row["objects"] / (row["seconds"] - row["first_seconds"]) * seconds / self.options.depth
         return rows
 
     def rows_of(self, part, protocol):
@@ -354,7 +356,8 @@ def table(options, rows, builds):
         if row["children_cpu_seconds"]:
             text += "  + %.3f CPU ms in ssh" % (1000 * row["children_cpu_seconds"] / row["objects"])
         if "share" in row and row["tree"] == "patched":
-            text += "  %.2f of depth %d / round trip" % (row["share"], options.depth)
+            text += "  %.2f of depth %d / round trip, %.2f from the first answer on" % (
+                row["share"], options.depth, row["pace"])
         if row["part"] == "many":
             text += "  memory +%.1f MiB, at most +%.1f" % (row["kept_kib"] / 1024, row["peak_kib"] / 1024)
         lines.append(text)

@@ -79,19 +79,19 @@ def make_datastore(bb, url, variables, folder):
 
 
 def measure(ask):
-    """Call ask, which returns the answers and what to call afterwards.
+    """Call ask, which returns the answers, when the first of them came, and what to call afterwards.
 
-    Returns them with seconds, CPU seconds of this process and of its children, and KiB of memory at the
-    end and at the most, each beyond what it was before.
+    Returns them with seconds, also those before the first answer, CPU seconds of this process and of its children,
+    and KiB of memory at the end and at the most, each beyond what it was before.
     """
     before = memory()
     started, cpu = time.monotonic(), time.process_time()
-    answers, stop = ask()
+    answers, first, stop = ask()
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     after = memory()
     stop()
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"answers": answers, "seconds": seconds, "cpu_seconds": cpu,
+    return {"answers": answers, "seconds": seconds, "first_seconds": first - started, "cpu_seconds": cpu,
             "children_cpu_seconds": children.ru_utime + children.ru_stime,
             "kept_kib": after["now"] - before["now"], "peak_kib": after["peak"] - before["now"]}
 
@@ -131,6 +131,15 @@ def ask_at_once(objects, d, connections, depth, scheme):
     pool = Pool(connections, depth)
     memory = Memory(pool)
     asking = Query(memory, d)
+    first = []
+    passed_on = asking._done
+
+    def done(*answer):
+        if not first:
+            first.append(time.monotonic())
+        passed_on(*answer)
+
+    asking._done = done
     sizes = asking.run(objects, lambda done: None)
     for host in asking.silent():
         sys.exit("%s did not answer for %d of %d objects: %s" % (host.name, host.unanswered, host.asked, host.reason))
@@ -138,12 +147,13 @@ def ask_at_once(objects, d, connections, depth, scheme):
     def stop():
         # It also keeps what the build would: the memory of what was answered
         assert memory and pool.stop()
-    return sizes, stop
+    return sizes, first[0], stop
 
 
 def ask_each(bb, objects, d, threads):
     """As openembedded-core's sstate_checkhashes() does"""
     found = {}
+    first = []
     caches = queue.Queue(threads)
     for _ in range(threads):
         caches.put(bb.fetch2.FetchConnectionCache())
@@ -156,6 +166,8 @@ def ask_each(bb, objects, d, threads):
         with contextlib.suppress(bb.fetch2.FetchError):
             bb.fetch2.Fetch([uri], data, connection_cache=cache).checkstatus()
             found[tid] = None
+        if not first:
+            first.append(time.monotonic())
         caches.put(cache)
         bb.event.check_for_interrupts()
 
@@ -167,7 +179,7 @@ def ask_each(bb, objects, d, threads):
         while not caches.empty():
             caches.get().close_connections()
         bb.event.disable_threadlock()
-    return found, lambda: None
+    return found, first[0], lambda: None
 
 
 if __name__ == "__main__":
