@@ -19,6 +19,13 @@ objects are restored, from the same server, in turns by
 and beside these the parts of the last one alone: the download by each tool
 (curl; sftp and, if it is installed, lftp), and the build with everything local,
 for both trees. Recipes are parsed before. The median counts.
+
+The mirror and the proxy run on the processors that the build runs on, which a
+mirror elsewhere would not, and they have nothing to do where all is local. So
+the CPU seconds of each are told as well: of the build (or the download) with
+all of its processes, what bitbake's server alone has of them, of the mirror
+and of the proxy. "machine" is what these CPU seconds would take if all
+processors were busy with nothing else: below it no build can be.
 """
 
 import contextlib
@@ -33,7 +40,7 @@ import time
 import urllib.parse
 from pathlib import Path
 
-from netqueue import Problem, sshd
+from netqueue import Problem, cpuseconds, sshd
 from netqueue.benchfiles import add_json, settings, work_folder, write_json
 from netqueue.buildpicture import draw
 from netqueue.certificates import make_certificates
@@ -47,6 +54,8 @@ DEFAULT = ("http-20ms", "https-20ms", "sftp-20ms", "http-0ms", "http-20ms-cap", 
 MATRIX = tuple("%s-%dms%s%s" % (protocol, delay, cap, small) for protocol in ("http", "https", "sftp")
                for delay in (0, 20) for cap in ("", "-cap") for small in ("", "-small"))
 SECONDS = 3600
+# How long the server stays after a build, for its CPU seconds to be read
+RESIDENT_SECONDS = 600
 CONNECTIONS = 4
 MIB = 1024 * 1024
 STOCK, OFF, PATCHED = "stock", "without prefetch", "patched"
@@ -141,7 +150,7 @@ class Bench:
         files = self.fill(cell.objects, cell.small)
         size = sum(path.stat().st_size for path in files.rglob("sstate:*"))
         row = {"cell": cell.name, "objects": cell.objects, "mib": round(size / MIB, 1), "variants": {}}
-        runs = {}
+        runs, link = {}, None
         with contextlib.ExitStack() as stack:
             mirror = stack.enter_context(open_mirror(cell.protocol, files, self.work / "home" / cell.protocol,
                                                      self.certificates, log=True))
@@ -150,7 +159,7 @@ class Bench:
                 rate = cell.rate * MIB if cell.rate else None
                 link = stack.enter_context(delayed(mirror.served.port, cell.delay / 1000, rate))
                 url = mirror.url_behind(link.port)
-            place = Place(cell, mirror, url, files, self.work / cell.name)
+            place = Place(cell, mirror, link, url, files, self.work / cell.name)
             row["software"] = mirror.served.software
             for turn in range(self.options.repeat):
                 for variant, figures in self.turn(place, turn):
@@ -178,14 +187,14 @@ class Bench:
         """A download, then stock with what it gave"""
         folder = place.folder / "downloaded"
         self.progress.step("%s: the download by %s" % (place.cell.name, tool))
-        place.mirror.served.reset()
-        started = time.monotonic()
+        before = start_count(place)
+        client, started = cpuseconds.of_children(), time.monotonic()
         download(place, folder)
-        seconds = time.monotonic() - started
+        seconds, client = time.monotonic() - started, cpuseconds.of_children() - client
         self.progress.done()
         if listing(folder) != listing(place.files):
             raise Problem("%s has not downloaded everything" % tool)
-        figures = dict(counted(place.mirror.served), seconds=seconds, lost=0)
+        figures = dict(counted(place, before), seconds=seconds, lost=0, cpu_seconds=client, server_cpu_seconds=0)
         yield tool, figures
         then = self.build(place, STOCK, STOCK, local=folder)
         yield "%s, then stock" % tool, {name: figures[name] + then[name] for name in figures}
@@ -199,19 +208,23 @@ class Bench:
         if build is None:
             build = place.builds[name] = self.make_build(place, name, tree, conf)
             # Recipes are parsed once
-            build.run(["-p"], timeout=SECONDS)
+            with build:
+                build.run(["-p"], timeout=SECONDS)
         for folder in (build.tmp, build.sstate):
             shutil.rmtree(folder, ignore_errors=True)
         if local:
             shutil.copytree(local, build.sstate)
-        place.mirror.served.reset()
+        before = start_count(place)
         with build:
+            client = cpuseconds.of_children()
             result = build.run(["--setscene-only", "demo-all"], timeout=SECONDS, progress=self.progress.follow)
+            client = cpuseconds.of_children() - client
+            cpu, server = cpuseconds.of_rested_build(build)
         self.progress.done()
         lost = cell.objects - len(build.restored())
         if tree == PATCHED and (result.returncode or lost):
             raise Problem("%s: bitbake ended with %d, %d objects were lost" % (name, result.returncode, lost))
-        return dict(counted(place.mirror.served), seconds=result.seconds, lost=lost)
+        return dict(counted(place, before), seconds=result.seconds, lost=lost, cpu_seconds=cpu + client, server_cpu_seconds=server)
 
     def make_build(self, place, name, tree, conf):
         build = make_build(place.folder / name.replace(" ", "-"), self.trees[tree], place.cell, self.options.threads, conf,
@@ -243,7 +256,8 @@ class Bench:
 
 
 def make_build(folder, tree, cell, threads, conf="", mirror=None):
-    build = Build(folder, tree, objects=cell.objects, threads=threads, extra_conf=conf, mirror=mirror)
+    build = Build(folder, tree, objects=cell.objects, threads=threads, extra_conf=conf, mirror=mirror,
+                  environment={"BB_SERVER_TIMEOUT": str(RESIDENT_SECONDS)})
     if cell.small:
         build.sizes = {name: 1024 + 7 * number % 4096 for number, name in enumerate(build.sizes)}
         build.write()
@@ -255,16 +269,30 @@ class Place:
     """A cell that is being measured. builds: {name: Build}."""
     cell: Cell
     mirror: object      # of presencebench.py
+    link: object        # of delay.py, or None
     url: str            # of the link
     files: Path         # what the mirror serves
     folder: Path
     builds: dict = dataclasses.field(default_factory=dict)
 
 
-def counted(served):
+def start_count(place):
+    """Count from here. Returns what counted() needs."""
+    place.mirror.served.reset()
+    return serving_seconds(place)
+
+
+def serving_seconds(place):
+    """CPU seconds of the mirror and of the proxy, since they were started"""
+    return cpuseconds.of_server(place.mirror.served.process.pid), cpuseconds.of_server(place.link.pid) if place.link else 0
+
+
+def counted(place, before):
+    served = place.mirror.served
+    mirror, proxy = (now - then for now, then in zip(serving_seconds(place), before))
     counters = served.counters()
     return {"connections": counters.logins if isinstance(served, sshd.Sshd) else counters.connections,
-            "requests": counters.requests}
+            "requests": counters.requests, "mirror_cpu_seconds": mirror, "proxy_cpu_seconds": proxy}
 
 
 def listing(folder):
@@ -337,16 +365,27 @@ def goal(variants):
     return longer, variants[longer]["seconds"]
 
 
+def machine(figures):
+    """Seconds that the CPU seconds of a variant take on all processors"""
+    return sum(figures[name] for name in ("cpu_seconds", "mirror_cpu_seconds", "proxy_cpu_seconds")) / os.cpu_count()
+
+
 def table(options, row):
     variants = row["variants"]
     patched = variants[PATCHED]["seconds"]
     lines = ["", "%s: %d objects, %.1f MiB with their .siginfo, from %s; %d threads, median of %d" %
              (row["cell"], row["objects"], row["mib"], row["software"], options.threads, options.repeat),
-             "%-22s %9s %12s %9s %6s %16s" % ("", "seconds", "connections", "requests", "lost", "patched / this")]
+             "%-22s %9s %12s %9s %6s %16s %9s %9s %9s %9s %9s" %
+             ("", "seconds", "connections", "requests", "lost", "patched / this", "CPU s", "(server)", "mirror", "proxy",
+              "machine")]
     for name, figures in variants.items():
-        lines.append("%-22s %9.2f %12d %9d %6d %16.2f" % (name, figures["seconds"], figures["connections"],
-                                                         figures["requests"], figures["lost"],
-                                                         patched / figures["seconds"]))
+        lines.append("%-22s %9.2f %12d %9d %6d %16.2f %9.2f %9.2f %9.2f %9.2f %9.2f" %
+                     (name, figures["seconds"], figures["connections"], figures["requests"], figures["lost"],
+                      patched / figures["seconds"], figures["cpu_seconds"], figures["server_cpu_seconds"],
+                      figures["mirror_cpu_seconds"], figures["proxy_cpu_seconds"], machine(figures)))
     longer, seconds = goal(variants)
     lines.append("patched / max(best download, all local) = %.2f (%s)" % (patched / seconds, longer))
+    busy, local = machine(variants[PATCHED]), variants[LOCAL[PATCHED]]["seconds"]
+    lines.append("patched / max(its CPU seconds on all %d processors, all local) = %.2f (%s)" %
+                 (os.cpu_count(), patched / max(busy, local), "machine" if busy > local else LOCAL[PATCHED]))
     return "\n".join(lines)

@@ -63,7 +63,7 @@ def delayed(port, seconds=0.02, rate=None):
 
 
 class Delayed:
-    """A running proxy. port: where it listens on 127.0.0.1."""
+    """A running proxy. port: where it listens on 127.0.0.1. pid: its process."""
 
     def __init__(self, target, seconds, rate):
         self._count = 0
@@ -80,6 +80,7 @@ class Delayed:
             except BaseException:
                 self._control.close()
                 raise
+            self.pid = self._process.pid
 
     @property
     def connections(self):

@@ -19,15 +19,11 @@ sign test, so whether it is beyond 1 % is only said if that is so of all of it.
 
 import contextlib
 import dataclasses
-import os
-import resource
 import shutil
 import statistics
 import sys
-import time
-from pathlib import Path
 
-from netqueue import Problem
+from netqueue import Problem, cpuseconds
 from netqueue.benchfiles import add_json, settings, work_folder, write_json
 from netqueue.layer import Build
 from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
@@ -42,10 +38,8 @@ PARTS = ("no mirror", "all local")
 MEASURES = (("seconds", "seconds"), ("cpu_seconds", "CPU seconds"), ("client_cpu_seconds", "CPU, interface"))
 LIMIT = 0.01
 SECONDS = 1800
-# How long the server stays when nothing is asked of it, and until it has come to rest after a build
+# How long the server stays when nothing is asked of it
 RESIDENT_SECONDS = 600
-REST_SECONDS = 30
-LOOK_SECONDS = 0.2
 
 
 def add_options(parser):
@@ -155,10 +149,10 @@ class Bench:
             place.mirror.served.reset()
         else:
             shutil.rmtree(build.sstate, ignore_errors=True)
-        before, client = cpu_seconds(build), children_cpu_seconds()
+        before, client = cpuseconds.of_build(build), cpuseconds.of_children()
         result = build.run(["demo-all"], timeout=SECONDS)
-        client = children_cpu_seconds() - client
-        cpu = rested_cpu_seconds(build) - before
+        client = cpuseconds.of_children() - client
+        cpu = cpuseconds.of_rested_build(build)[0] - before
         self.check(place, result)
         return {"seconds": result.seconds, "cpu_seconds": cpu, "client_cpu_seconds": client}
 
@@ -176,42 +170,6 @@ class Bench:
                 raise Problem(where + "%d of %d objects were restored" % (restored, self.options.objects))
         elif restored or len(place.build.archives()) != self.options.objects:
             raise Problem(where + "%d of %d objects were made" % (len(place.build.archives()), self.options.objects))
-
-
-# CPU seconds
-
-def cpu_seconds(build):
-    """Of the build's processes and of all that they have waited for: the server and, after a build, its worker and tasks"""
-    return sum(ticks(pid) for pid in build.processes()) / os.sysconf("SC_CLK_TCK")
-
-
-def ticks(pid):
-    try:
-        fields = Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
-    except OSError:
-        # It has ended, and its parent has it
-        return 0
-    # utime, stime, cutime and cstime of proc(5), of which the first field here is the third
-    return sum(map(int, fields[11:15]))
-
-
-def rested_cpu_seconds(build):
-    """The same, once the server has done all that it does after a build: only it is left, and does nothing"""
-    deadline = time.monotonic() + REST_SECONDS
-    last = None
-    while time.monotonic() < deadline:
-        processes, now = build.processes(), cpu_seconds(build)
-        if len(processes) == 1 and now == last:
-            return now
-        last = now
-        time.sleep(LOOK_SECONDS)    # nothing else tells
-    raise Problem("%s: after a build there are %d processes, and no rest" % (build.directory.name, len(build.processes())))
-
-
-def children_cpu_seconds():
-    """Of children that have been waited for; of a build that is its user interface"""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 # What the user sees
