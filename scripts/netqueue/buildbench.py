@@ -25,7 +25,8 @@ mirror elsewhere would not, and they have nothing to do where all is local. So
 the CPU seconds of each are told as well: of the build (or the download) with
 all of its processes, what bitbake's server alone has of them, of the mirror
 and of the proxy. "machine" is what these CPU seconds would take if all
-processors were busy with nothing else: below it no build can be.
+processors were busy with nothing else: below it no build can be. "others" are
+CPU seconds of whatever else ran meanwhile: with many, do not trust the rest.
 """
 
 import contextlib
@@ -188,13 +189,14 @@ class Bench:
         folder = place.folder / "downloaded"
         self.progress.step("%s: the download by %s" % (place.cell.name, tool))
         before = start_count(place)
-        client, started = cpuseconds.of_children(), time.monotonic()
+        everything, client, started = cpuseconds.of_machine(), cpuseconds.of_children(), time.monotonic()
         download(place, folder)
         seconds, client = time.monotonic() - started, cpuseconds.of_children() - client
+        everything = cpuseconds.of_machine() - everything
         self.progress.done()
         if listing(folder) != listing(place.files):
             raise Problem("%s has not downloaded everything" % tool)
-        figures = dict(counted(place, before), seconds=seconds, lost=0, cpu_seconds=client, server_cpu_seconds=0)
+        figures = self.figures(place, before, everything, seconds=seconds, lost=0, cpu_seconds=client, server_cpu_seconds=0)
         yield tool, figures
         then = self.build(place, STOCK, STOCK, local=folder)
         yield "%s, then stock" % tool, {name: figures[name] + then[name] for name in figures}
@@ -216,15 +218,23 @@ class Bench:
             shutil.copytree(local, build.sstate)
         before = start_count(place)
         with build:
-            client = cpuseconds.of_children()
+            everything, client = cpuseconds.of_machine(), cpuseconds.of_children()
             result = build.run(["--setscene-only", "demo-all"], timeout=SECONDS, progress=self.progress.follow)
-            client = cpuseconds.of_children() - client
+            everything, client = cpuseconds.of_machine() - everything, cpuseconds.of_children() - client
             cpu, server = cpuseconds.of_rested_build(build)
         self.progress.done()
         lost = cell.objects - len(build.restored())
         if tree == PATCHED and (result.returncode or lost):
             raise Problem("%s: bitbake ended with %d, %d objects were lost" % (name, result.returncode, lost))
-        return dict(counted(place, before), seconds=result.seconds, lost=lost, cpu_seconds=cpu + client, server_cpu_seconds=server)
+        return self.figures(place, before, everything, seconds=result.seconds, lost=lost, cpu_seconds=cpu + client,
+                            server_cpu_seconds=server)
+
+    @staticmethod
+    def figures(place, before, everything, **measured):
+        """Those of a run. everything: the CPU seconds of the machine in that time."""
+        run = dict(counted(place, before), **measured)
+        # The server does a little more after that time, which is its own
+        return dict(run, others_cpu_seconds=max(0, everything - own(run)))
 
     def make_build(self, place, name, tree, conf):
         build = make_build(place.folder / name.replace(" ", "-"), self.trees[tree], place.cell, self.options.threads, conf,
@@ -365,9 +375,14 @@ def goal(variants):
     return longer, variants[longer]["seconds"]
 
 
+def own(figures):
+    """The CPU seconds of all that belongs to a variant"""
+    return sum(figures[name] for name in ("cpu_seconds", "mirror_cpu_seconds", "proxy_cpu_seconds"))
+
+
 def machine(figures):
-    """Seconds that the CPU seconds of a variant take on all processors"""
-    return sum(figures[name] for name in ("cpu_seconds", "mirror_cpu_seconds", "proxy_cpu_seconds")) / os.cpu_count()
+    """Seconds that these take on all processors"""
+    return own(figures) / os.cpu_count()
 
 
 def table(options, row):
@@ -375,14 +390,15 @@ def table(options, row):
     patched = variants[PATCHED]["seconds"]
     lines = ["", "%s: %d objects, %.1f MiB with their .siginfo, from %s; %d threads, median of %d" %
              (row["cell"], row["objects"], row["mib"], row["software"], options.threads, options.repeat),
-             "%-22s %9s %12s %9s %6s %16s %9s %9s %9s %9s %9s" %
+             "%-22s %9s %12s %9s %6s %16s %9s %9s %9s %9s %9s %9s" %
              ("", "seconds", "connections", "requests", "lost", "patched / this", "CPU s", "(server)", "mirror", "proxy",
-              "machine")]
+              "machine", "others")]
     for name, figures in variants.items():
-        lines.append("%-22s %9.2f %12d %9d %6d %16.2f %9.2f %9.2f %9.2f %9.2f %9.2f" %
+        lines.append("%-22s %9.2f %12d %9d %6d %16.2f %9.2f %9.2f %9.2f %9.2f %9.2f %9.2f" %
                      (name, figures["seconds"], figures["connections"], figures["requests"], figures["lost"],
                       patched / figures["seconds"], figures["cpu_seconds"], figures["server_cpu_seconds"],
-                      figures["mirror_cpu_seconds"], figures["proxy_cpu_seconds"], machine(figures)))
+                      figures["mirror_cpu_seconds"], figures["proxy_cpu_seconds"], machine(figures),
+                      figures["others_cpu_seconds"]))
     longer, seconds = goal(variants)
     lines.append("patched / max(best download, all local) = %.2f (%s)" % (patched / seconds, longer))
     busy, local = machine(variants[PATCHED]), variants[LOCAL[PATCHED]]["seconds"]

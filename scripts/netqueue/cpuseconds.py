@@ -60,6 +60,13 @@ def of_server(pid):
     return total
 
 
+def of_machine():
+    """Of everything on this machine since it was started, as far as it is known here"""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    # user, nice, system, idle, iowait, irq, softirq
+    return sum(int(fields[place]) for place in (0, 1, 2, 5, 6)) / os.sysconf("SC_CLK_TCK")
+
+
 def _times(pid):
     """(of its own, of what it has waited for). Nothing if it has ended: its parent has it then."""
     fields = _fields(pid)
