@@ -47,6 +47,10 @@ logger = logging.getLogger("BitBake.RunQueue")
 # Objects under way at the same time, and files that are open for them, also those that nobody waits for any more
 MAX_UNDER_WAY = 48
 MAX_OPEN = 144
+# Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
+# tasks whose objects are there should not wait for those of many others
+ANSWERS_EACH = 8
+STARTS_EACH = 4
 # Seconds after which an object of which nothing more arrives is given up, whatever the connections say, and how
 # often that is looked at
 STALLED = 900
@@ -156,10 +160,12 @@ class Prefetch:
         except BlockingIOError:
             pass
         self._forget()
-        while self._answers:
+        for _ in range(min(len(self._answers), ANSWERS_EACH)):
             self._answered(*self._answers.popleft())
         first = []
-        while self._has_room() and self._wanted and self._may_start():
+        starts = STARTS_EACH
+        while starts and self._has_room() and self._wanted and self._may_start():
+            starts -= 1
             tid = self._wanted.popleft()
             if self._fetchable(tid):
                 first += self._start(tid)
@@ -169,11 +175,14 @@ class Prefetch:
         hurried, self._hurried = self._hurried, []
         memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
         # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
-        while self._has_room() and len(self._ahead) < self._window and memory.well():
+        while starts and self._has_room() and len(self._ahead) < self._window and memory.well():
+            starts -= 1
             tid = self._following()
             if tid is None:
                 break
             memory.submit(*self._start(tid))
+        if self._answers or not starts:
+            self._wake()
         if self._under_way:
             # A runqueue that has a lot to do does not wait for anything
             memory.give_way()
