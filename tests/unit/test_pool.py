@@ -472,3 +472,50 @@ def test_the_host_has_work_before_answers_are_passed_on():
         assert sent == [3, 4, 4, 4]
     finally:
         assert pool.stop()
+
+
+def test_a_long_body_does_not_hold_up_what_was_refused(mirror, monkeypatch):
+    """The connection was to take it again, but it has to wait for a body by then: another one does."""
+    monkeypatch.setattr(host_module, "PAUSE", 0.005)
+    arrived = threading.Event()
+    refused = in_turn(Response(503, {}, 0), Response(200, {}, 0))
+
+    def answer(request):
+        if request.url == URL + "refused":
+            return refused(request)
+        assert arrived.wait(10)
+        return Response(200, {}, 0)
+    mirror.answer = answer
+    mirror.trial = False
+    pool = Pool(4, depth=2, classes={"http": mirror})
+    try:
+        first, long = Asked("HEAD", URL + "refused"), Asked("HEAD", URL + "long")
+        pool.submit(first.request, long.request)
+        assert first.status() == 200
+        assert not arrived.is_set()
+        arrived.set()
+        assert long.status() == 200
+    finally:
+        arrived.set()
+        assert pool.stop()
+
+
+def test_a_connection_that_was_never_used_is_closed_soon(mirror, monkeypatch):
+    monkeypatch.setattr(host_module, "UNUSED", 0)
+    answer, connect = threading.Event(), threading.Event()
+    calls = in_turn(True, False)
+    mirror.connecting = lambda: calls(None) or connect.wait(10)
+    mirror.answer = lambda request: Response(200, {}, 0) if answer.wait(10) else None
+    pool = Pool(4, classes={"http": mirror})
+    try:
+        asked = ask_all(pool, "HEAD", [URL + "0"])
+        wait_until(lambda: mirror.urls, "the first is asked")
+        asked += ask_all(pool, "HEAD", [URL + "1"])
+        answer.set()
+        assert [one.status() for one in asked] == [200, 200]
+        connect.set()
+        wait_until(lambda: mirror.made == 2 and mirror.open == 1, "the second has gone again")
+    finally:
+        answer.set()
+        connect.set()
+        assert pool.stop()

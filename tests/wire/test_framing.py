@@ -186,6 +186,24 @@ def test_answer_that_nobody_asked_for_is_not_the_next(peer):
     connection.close()
 
 
+def test_answer_before_any_request_is_not_the_first(peer):
+    """As servers send 408 to who has connected and asks nothing."""
+    sent = threading.Event()
+
+    def script(talk):
+        talk.send(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        sent.set()
+        talk.wait_closed()
+    there = peer(script)
+    asked = Asked("HEAD", there.url())
+    connection = HTTPConnection(asked.request.origin, asked.request.route)
+    connection.connect()
+    assert sent.wait(10)
+    with pytest.raises(ProtocolError):
+        exchange_one(connection, asked.request)
+    connection.close()
+
+
 def test_no_length_at_all(peer):
     asked = one(peer(raw(OK + b"\r\nbody")))
     assert isinstance(asked.raised, StatusError)

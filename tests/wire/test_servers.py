@@ -203,7 +203,7 @@ def test_server_that_resets_further_connections(peer, pool):
     assert [a.status() for a in asked] == [200] * 60
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [408, 429, 503])
 @pytest.mark.parametrize("as_date", [False, True])
 def test_retry_after(peer, pool, status, as_date):
     """Nothing is asked of the host before the time it named."""

@@ -41,8 +41,8 @@ logger = logging.getLogger("BitBake.RunQueue")
 # URLs yet, for which much more memory is needed than for the answer.
 WINDOW = 2048
 
-# Requests that are handed over together: each wakes the threads of the connections up. And those which make
-# somebody connect, since that takes long.
+# Requests that are handed over together: each wakes the threads of the connections up. The first are fewer, for
+# connections to be made soon.
 BATCH = 64
 FIRST_BATCH = 8
 

@@ -10,14 +10,14 @@ The connections to one host of the pool, and what waits for them.
 A host has one queue and at most as many threads as connections are allowed; a
 thread owns one connection, and takes from the queue what it has room for.
 
-A host that refuses (429, 503, closed without an answer) is asked after a pause,
+A host that refuses (408, 429, 503, closed without an answer) is asked after a pause,
 over half the connections and with half the depth; one more, and twice the
 depth, after each RISE_AFTER answers. A host that does nothing else, cannot be
 reached or stays silent is left alone for BREAKER_PAUSE seconds: requests fail
 at once until then, and the next one after that is the probe.
 
 The state is guarded by the condition; nothing blocks while it is held. Only
-pool.py calls this.
+pool.py uses Host.
 
     host = Host(pool, origin)
     host.submit([request])
@@ -47,8 +47,9 @@ MAX_PAUSE = 60
 BREAKER_FAILURES = 4
 BREAKER_REFUSALS = 8
 BREAKER_PAUSE = 30
-# Seconds until a connection that is not used is closed
+# Seconds until a connection that is not used is closed; those which never were are what servers have less patience with
 IDLE = 60
+UNUSED = 5
 RISE_AFTER = 32
 # Bytes that a body of unknown size counts, which is a siginfo mostly
 UNKNOWN_BODY = 64 * 1024
@@ -89,11 +90,9 @@ class Host:
         self._turn = threading.Condition(self._cond)
         self._queue = collections.deque()
         self._threads = set()
-        # Of the threads: those which may have a connection, and of these those which wait for a request or are about
-        # to look for one, start or connect
-        self._active = 0
+        # Of the threads, each of which may have a connection: those which wait for a request or are about to look for
+        # one, and how many connect
         self._idle = set()
-        self._starting = 0
         self._connecting = 0
         self._limit = pool.limit
         self._depth = pool.depth
@@ -111,9 +110,6 @@ class Host:
     def well(self):
         return not self._failures
 
-    def submit(self, requests, first=False):
-        self._queue_up(requests, first)
-
     def hurry(self, requests):
         """Move those of requests that are queued to the front"""
         with self._cond:
@@ -122,7 +118,7 @@ class Host:
                 self._queue.remove(request)
             self._queue.extendleft(reversed(waiting))
 
-    def _queue_up(self, requests, first):
+    def submit(self, requests, first=False):
         """Queue requests, at the front if first. Those which cannot be hear it at once."""
         error = None
         thread = None
@@ -138,7 +134,7 @@ class Host:
                     self._queue.extend(requests)
                 thread = self._grow()
                 self._cond.notify(len(requests))
-                if not self._active:
+                if not self._threads:
                     error = ConnectError("%s: there are connections to too many hosts" % self.origin.host, retryable=False)
                     requests = list(self._queue)
                     self._queue.clear()
@@ -157,10 +153,9 @@ class Host:
             # The system has no more. The others do the work, if there are any.
             self.pool.release()
             with self._cond:
-                self._active -= 1
-                self._starting -= 1
                 self._threads.discard(thread)
-                victims = [] if self._active else list(self._queue)
+                self._idle.discard(thread)
+                victims = [] if self._threads else list(self._queue)
                 if victims:
                     self._queue.clear()
             for victim in victims:
@@ -168,13 +163,12 @@ class Host:
 
     def _grow(self):
         """Called with the condition held. Returns a thread to start, if one is of use and allowed."""
-        waiting = len(self._idle) + self._starting + self._connecting
-        if self._stopped or waiting >= len(self._queue) or self._active >= self._limit or not self.pool.reserve():
+        waiting = len(self._idle) + self._connecting
+        if self._stopped or waiting >= len(self._queue) or len(self._threads) >= self._limit or not self.pool.reserve():
             return None
-        self._active += 1
-        self._starting += 1
         thread = threading.Thread(target=self._run, name="connection to %s" % self.origin.host)
         self._threads.add(thread)
+        self._idle.add(thread)
         return thread
 
     def stop(self):
@@ -203,9 +197,6 @@ class Host:
 
     def _run(self):
         connection = None
-        with self._cond:
-            self._starting -= 1
-            self._idle.add(threading.current_thread())
         while True:
             route = self._wait(connection)
             if connection and connection.route != route:
@@ -226,16 +217,17 @@ class Host:
         Wait for a request. Returns its route, None if the connection is not needed any more. If it
         has to be made first, it is counted as one that connects.
         """
-        idle_until = time.monotonic() + IDLE
+        unused = connection and not connection.served and not self._class.serial
+        idle_until = time.monotonic() + (UNUSED if unused else IDLE)
         self._be_idle()
         with self._cond:
-            while not self._stopped and self._active <= self._limit:
+            while not self._stopped and len(self._threads) <= self._limit:
                 now = time.monotonic()
                 condition, wait = self._cond, self._pause_until - now
                 if not self._queue:
                     wait = idle_until - now if connection else 0
                     if wait <= 0:
-                        return None
+                        break
                 elif wait <= 0:
                     route = self._queue[0].route
                     found = connection and connection.route == route
@@ -245,14 +237,16 @@ class Host:
                         return route
                     condition, wait = self._turn, IDLE
                 condition.wait(wait)
+            if connection:
+                # To close it may take a while
+                self._idle.discard(threading.current_thread())
         return None
 
     def _leave(self):
         """End the thread, unless there is work for it again. Returns True if it has to end."""
         with self._cond:
-            if self._queue and not self._stopped and self._active <= self._limit:
+            if self._queue and not self._stopped and len(self._threads) <= self._limit:
                 return False
-            self._active -= 1
             self.pool.release()
             self._threads.discard(threading.current_thread())
             self._idle.discard(threading.current_thread())
@@ -348,32 +342,45 @@ class Host:
 
     def _take(self, connection):
         """The requests to send next on connection: those which wait longest, no more than fit"""
-        taken = []
-        cancelled = []
+        thread = None
         with self._cond:
             self._idle.discard(threading.current_thread())
-            if self._stopped or self._active > self._limit or time.monotonic() < self._pause_until:
-                return taken
-            room = min(self._pipelining.room(connection, self._depth), self._share(connection))
-            flying = connection.in_flight
-            count = len(flying)
-            bodies = sum(map(weight, flying))
-            size = sum(map(length, flying))
-            while room > 0 and self._queue and self._queue[0].route == connection.route:
-                request = self._queue[0]
-                if request.cancelled:
-                    cancelled.append(self._queue.popleft())
-                    continue
-                bodies += weight(request)
-                size += length(request)
-                if count and (bodies > MAX_BODIES and request.fd is not None or size > MAX_REQUESTS):
-                    break
-                taken.append(self._queue.popleft())
-                count += 1
-                room -= 1
+            taken, cancelled = self._fitting(connection)
+            if not taken and connection.in_flight:
+                # What was queued may have counted on this thread
+                thread = self._grow()
+        self._start(thread)
         for request in cancelled:
             finish(request, None, Cancelled("nobody waits for it"))
         return taken
+
+    def _fitting(self, connection):
+        """Called with the condition held. Returns those requests, and the cancelled ones before them, taken out of the queue."""
+        taken, cancelled = [], []
+        if self._paused():
+            return taken, cancelled
+        room = min(self._pipelining.room(connection, self._depth), self._share(connection))
+        flying = connection.in_flight
+        count = len(flying)
+        bodies = sum(map(weight, flying))
+        size = sum(map(length, flying))
+        while room > 0 and self._queue and self._queue[0].route == connection.route:
+            request = self._queue[0]
+            if request.cancelled:
+                cancelled.append(self._queue.popleft())
+                continue
+            bodies += weight(request)
+            size += length(request)
+            if count and (bodies > MAX_BODIES and request.fd is not None or size > MAX_REQUESTS):
+                break
+            taken.append(self._queue.popleft())
+            count += 1
+            room -= 1
+        return taken, cancelled
+
+    def _paused(self):
+        """Called with the condition held. Whether nothing is to be asked now, or not by this thread."""
+        return self._stopped or len(self._threads) > self._limit or time.monotonic() < self._pause_until
 
     def _share(self, connection):
         """
@@ -381,7 +388,7 @@ class Host:
         its part of what waits, or what it lacks of its part of all, lest the last are divided again and again.
         """
         connections = list(self.connections)
-        sharing = self._active
+        sharing = len(self._threads)
         if self._class.serial:
             # One that logs in is not there for many round trips
             sharing = max(sum(one.reusable for one in connections), 1)
@@ -440,9 +447,10 @@ class Host:
         known, response, error = answer
         requests = []
         with self._cond:
-            paused = self._stopped or self._active > self._limit or time.monotonic() < self._pause_until
-            if error or paused or not self._pipelining.begin(connection, known, response, self._queue):
+            if error or self._paused() or not self._pipelining.begin(connection, known, response, self._queue):
                 return True
+            # It takes a round trip, or many seconds
+            self._idle.discard(threading.current_thread())
             while len(requests) < TEST_REQUESTS:
                 requests.append(self._queue.popleft())
         self.statistics.count(requests=len(requests) + 1)
@@ -454,7 +462,7 @@ class Host:
                 self._pipelining.end(outcome)
             if not answers:
                 self._be_idle()
-                self._queue_up(requests, True)
+                self.submit(requests, True)
         self._answered(answers)
         if outcome in ("fails", "broke") or connection.in_flight:
             self._drop(connection)
@@ -473,7 +481,7 @@ class Host:
         unanswered = list(connection.in_flight)
         self._drop(connection)
         self._be_idle()
-        self._queue_up(unanswered, True)
+        self.submit(unanswered, True)
 
     def _lost(self, connection, error):
         """The connection is broken. What was not answered is asked again; the first of it may be the reason."""
@@ -487,12 +495,12 @@ class Host:
         if isinstance(error, Disconnected):
             if served:
                 # A server may end a connection at any time (RFC 9112 9.5), that is no failure
-                self._queue_up(unanswered, True)
+                self.submit(unanswered, True)
                 return
             # How those with a limit of connections refuse which do not get as far as 503
             error = RefusedError(str(error))
         if unanswered:
-            self._queue_up(unanswered[1:], True)
+            self.submit(unanswered[1:], True)
             self._failed(unanswered[0], error, unanswered[0].sent)
 
     def _failed(self, request, error, started):
@@ -520,7 +528,7 @@ class Host:
             pass
         elif error.retryable and request.attempts < attempts and not request.cancelled:
             self.statistics.count(retries=1)
-            self._queue_up([request], True)
+            self.submit([request], True)
         else:
             victims.append(request)
         for victim in victims:
@@ -568,7 +576,7 @@ class Host:
         if request.method == "HEAD" and response.status in HEAD_REFUSED and self._class.trial:
             # Some say that of HEAD only, as fetch2/wget.py knows
             request.method = "GET"
-            self._queue_up([request], True)
+            self.submit([request], True)
             return
         if request.method == "GET" and request.fd is None:
             response = of_whole_file(response)
@@ -579,7 +587,7 @@ class Host:
 
 def refusal(request, response):
     """The error that response to request means, if it does"""
-    if response.status in (429, 503):
+    if response.status in (408, 429, 503):
         return RefusedError("%s: status %s" % (redact(request.url), response.status), retry_after(response.headers))
     return None
 

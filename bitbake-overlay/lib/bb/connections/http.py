@@ -7,7 +7,7 @@
 """
 One HTTP/1.1 connection, TLS or not: HEAD, and GET into a file descriptor.
 
-Used by pool.py, whose threads own one connection each: only that thread uses
+Used by host.py, whose threads own one connection each: only that thread uses
 it, except for abort() which may come from any. Redirects, retries and the
 choice of the connection are the pool's. Nothing of the process is changed or
 read: proxy and certificates come with the request, since the environment of a
@@ -191,10 +191,9 @@ class HTTPConnection:
     def send(self, requests):
         """Send requests. Blocks while the system's buffers are full; that the server reads on is assumed."""
         alone = not self.in_flight
-        quiet = self.served and alone
         self.in_flight.extend(requests)
         self._pipelined = len(self.in_flight) > 1 or self._pipelined and not alone
-        if quiet:
+        if alone:
             self._check_quiet()
         try:
             self._send("".join([self._head(request) for request in requests]))
@@ -289,7 +288,10 @@ class HTTPConnection:
                                    (redact(request.url), status, length, request.size))
 
     def _check_quiet(self):
-        """What a server says unasked is no answer to what is asked next (RFC 9112 9.2)"""
+        """
+        What a server says unasked is no answer to what is asked next (RFC 9112 9.2), as the 408 of one that
+        has waited for a first request.
+        """
         self._sock.settimeout(0)
         try:
             self._fill()

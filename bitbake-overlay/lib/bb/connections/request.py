@@ -7,9 +7,9 @@
 """
 What is asked of a mirror: a URL, on behalf of an environment; and the answer.
 
-Made by client.py, server.py and presence.py, worked off by pool.py, http.py and
-sftp.py. Knows what a URL, a redirect and a proxy mean, and does no input or
-output.
+Made by client.py, server.py, presencequery.py and prefetch.py, worked off by
+host.py, http.py and sftp.py. Knows what a URL, a redirect and a proxy mean, and
+does no input or output.
 
     def done(request, response, error):
         ...
@@ -67,7 +67,8 @@ class Request:
     and must stay open until done is called. Without it a GET asks for a byte
     only, for servers that refuse HEAD. size is how many bytes a HEAD has
     announced before, None if there was none. done(request, response, error) is
-    called once, from a thread of the pool, and must not block. Raises
+    called once and must not block: from a thread of the pool, or at once from the
+    one that submits. Raises
     ValueError if url is not one that can be asked for here.
     """
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "size", "done", "cancelled", "attempts",
@@ -118,6 +119,10 @@ class Request:
         """As fetch2/sftp.py: unquoted, and what follows /~/ is in the user's home directory"""
         path = urllib.parse.unquote(parts.path, errors="surrogateescape")
         self.target = path[3:] if path.startswith("/~/") else path
+        try:
+            self.target.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            self.target = None
         if not self.target or "\0" in self.target:
             raise ValueError("Not a path: %s" % redact(self.url))
 
@@ -229,12 +234,13 @@ def retry_after(headers):
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
+    except (IndexError, TypeError, ValueError, OverflowError):
+        # The first only of older Pythons
         return None
 
 def last_modified(headers):
     """Last-Modified (RFC 9110 8.8.2) in seconds since the epoch, or None"""
     try:
         return email.utils.parsedate_to_datetime(headers["last-modified"]).timestamp()
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         return None

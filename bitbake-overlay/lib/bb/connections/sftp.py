@@ -343,9 +343,6 @@ class SFTPConnection:
         """Send the OPENs and READs that there is room for, one READ for each file in its turn"""
         while self._unopened and self._handles < self._max_handles and self._limits_due is None:
             transfer = self._unopened.popleft()
-            if transfer.request.cancelled:
-                self._finish(transfer.request, None, None)
-                continue
             self._handles += 1
             self._ask(FXP_OPEN, path(transfer.request), READ_ONLY, self._opened, transfer)
         while self._ready:
