@@ -55,8 +55,6 @@ DEFAULT = ("http-20ms", "https-20ms", "sftp-20ms", "http-0ms", "http-20ms-cap", 
 MATRIX = tuple("%s-%dms%s%s" % (protocol, delay, cap, small) for protocol in ("http", "https", "sftp")
                for delay in (0, 20) for cap in ("", "-cap") for small in ("", "-small"))
 SECONDS = 3600
-# How long the server stays after a build, for its CPU seconds to be read
-RESIDENT_SECONDS = 600
 CONNECTIONS = 4
 MIB = 1024 * 1024
 STOCK, OFF, PATCHED = "stock", "without prefetch", "patched"
@@ -188,15 +186,14 @@ class Bench:
         """A download, then stock with what it gave"""
         folder = place.folder / "downloaded"
         self.progress.step("%s: the download by %s" % (place.cell.name, tool))
-        before = start_count(place)
-        everything, client, started = cpuseconds.of_machine(), cpuseconds.of_children(), time.monotonic()
+        count, started = Count(place), time.monotonic()
         download(place, folder)
-        seconds, client = time.monotonic() - started, cpuseconds.of_children() - client
-        everything = cpuseconds.of_machine() - everything
+        seconds = time.monotonic() - started
+        count.stop()
         self.progress.done()
         if listing(folder) != listing(place.files):
             raise Problem("%s has not downloaded everything" % tool)
-        figures = self.figures(place, before, everything, seconds=seconds, lost=0, cpu_seconds=client, server_cpu_seconds=0)
+        figures = count.figures(seconds, lost=0)
         yield tool, figures
         then = self.build(place, STOCK, STOCK, local=folder)
         yield "%s, then stock" % tool, {name: figures[name] + then[name] for name in figures}
@@ -216,25 +213,16 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
         if local:
             shutil.copytree(local, build.sstate)
-        before = start_count(place)
         with build:
-            everything, client = cpuseconds.of_machine(), cpuseconds.of_children()
+            count = Count(place)
             result = build.run(["--setscene-only", "demo-all"], timeout=SECONDS, progress=self.progress.follow)
-            everything, client = cpuseconds.of_machine() - everything, cpuseconds.of_children() - client
+            count.stop()
             cpu, server = cpuseconds.of_rested_build(build)
         self.progress.done()
         lost = cell.objects - len(build.restored())
         if tree == PATCHED and (result.returncode or lost):
             raise Problem("%s: bitbake ended with %d, %d objects were lost" % (name, result.returncode, lost))
-        return self.figures(place, before, everything, seconds=result.seconds, lost=lost, cpu_seconds=cpu + client,
-                            server_cpu_seconds=server)
-
-    @staticmethod
-    def figures(place, before, everything, **measured):
-        """Those of a run. everything: the CPU seconds of the machine in that time."""
-        run = dict(counted(place, before), **measured)
-        # The server does a little more after that time, which is its own
-        return dict(run, others_cpu_seconds=max(0, everything - own(run)))
+        return count.figures(result.seconds, lost, cpu, server)
 
     def make_build(self, place, name, tree, conf):
         build = make_build(place.folder / name.replace(" ", "-"), self.trees[tree], place.cell, self.options.threads, conf,
@@ -267,7 +255,7 @@ class Bench:
 
 def make_build(folder, tree, cell, threads, conf="", mirror=None):
     build = Build(folder, tree, objects=cell.objects, threads=threads, extra_conf=conf, mirror=mirror,
-                  environment={"BB_SERVER_TIMEOUT": str(RESIDENT_SECONDS)})
+                  environment=cpuseconds.RESIDENT)
     if cell.small:
         build.sizes = {name: 1024 + 7 * number % 4096 for number, name in enumerate(build.sizes)}
         build.write()
@@ -286,23 +274,33 @@ class Place:
     builds: dict = dataclasses.field(default_factory=dict)
 
 
-def start_count(place):
-    """Count from here. Returns what counted() needs."""
-    place.mirror.served.reset()
-    return serving_seconds(place)
+class Count:
+    """What happens from now on, until stop(), of a run at place."""
 
+    def __init__(self, place):
+        self.place = place
+        place.mirror.served.reset()
+        self.serving = self.serving_seconds()
+        self.machine, self.client = cpuseconds.of_machine(), cpuseconds.of_children()
 
-def serving_seconds(place):
-    """CPU seconds of the mirror and of the proxy, since they were started"""
-    return cpuseconds.of_server(place.mirror.served.process.pid), cpuseconds.of_server(place.link.pid) if place.link else 0
+    def serving_seconds(self):
+        """CPU seconds of the mirror and of the proxy, since they were started"""
+        link = self.place.link
+        return cpuseconds.of_server(self.place.mirror.served.process.pid), cpuseconds.of_server(link.pid) if link else 0
 
+    def stop(self):
+        self.machine, self.client = cpuseconds.of_machine() - self.machine, cpuseconds.of_children() - self.client
 
-def counted(place, before):
-    served = place.mirror.served
-    mirror, proxy = (now - then for now, then in zip(serving_seconds(place), before))
-    counters = served.counters()
-    return {"connections": counters.logins if isinstance(served, sshd.Sshd) else counters.connections,
-            "requests": counters.requests, "mirror_cpu_seconds": mirror, "proxy_cpu_seconds": proxy}
+    def figures(self, seconds, lost, cpu=0, server=0):
+        """cpu: of a build, the CPU seconds beside those of its user interface; server: what its server alone has of them."""
+        served = self.place.mirror.served
+        mirror, proxy = (now - then for now, then in zip(self.serving_seconds(), self.serving))
+        counters = served.counters()
+        run = {"connections": counters.logins if isinstance(served, sshd.Sshd) else counters.connections,
+               "requests": counters.requests, "mirror_cpu_seconds": mirror, "proxy_cpu_seconds": proxy,
+               "seconds": seconds, "lost": lost, "cpu_seconds": cpu + self.client, "server_cpu_seconds": server}
+        # The server does a little more after that time, which is its own
+        return dict(run, others_cpu_seconds=max(0, self.machine - own(run)))
 
 
 def listing(folder):

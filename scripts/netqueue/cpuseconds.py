@@ -14,6 +14,8 @@ from pathlib import Path
 
 from netqueue import Problem
 
+# The environment of a build whose server stays for a while after it, for its CPU seconds to be read
+RESIDENT = {"BB_SERVER_TIMEOUT": "600"}
 # Until a server has come to rest after a build
 REST_SECONDS = 30
 LOOK_SECONDS = 0.2
@@ -26,7 +28,7 @@ def of_build(build):
 
 def of_rested_build(build):
     """(the same, what the server alone has of it), once it has done all that it does after a build: only it is left,
-    and does nothing. Needs a resident server. Blocks for a moment, for at most REST_SECONDS."""
+    and does nothing. Needs a server that is RESIDENT. Blocks for a moment, for at most REST_SECONDS."""
     deadline = time.monotonic() + REST_SECONDS
     last = None
     while time.monotonic() < deadline:

@@ -38,8 +38,6 @@ PARTS = ("no mirror", "all local")
 MEASURES = (("seconds", "seconds"), ("cpu_seconds", "CPU seconds"), ("client_cpu_seconds", "CPU, interface"))
 LIMIT = 0.01
 SECONDS = 1800
-# How long the server stays when nothing is asked of it
-RESIDENT_SECONDS = 600
 
 
 def add_options(parser):
@@ -122,7 +120,7 @@ class Bench:
         folder = self.work / ("%s-%s" % (part, variant)).replace(" ", "-")
         build = Build(folder, self.trees[variant], objects=self.options.objects, threads=self.options.threads,
                       extra_conf=SWITCH if variant == OFF else "", mirror=mirror and BuildMirror(mirror.served.url),
-                      environment={"BB_SERVER_TIMEOUT": str(RESIDENT_SECONDS)})
+                      environment=cpuseconds.RESIDENT)
         if mirror:
             shutil.copytree(self.work / "objects", build.sstate)
         with build:

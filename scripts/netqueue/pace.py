@@ -7,8 +7,8 @@ dispatch.py, whose tasks do nothing), and, of a patched tree, the pool with its
 connections to a mirror. The pool's threads alone keep the transfers going, as
 many at a time as there are slots: an object is a file and its .siginfo, each a
 GET into a descriptor, of which the size of the first is known from a query.
-So what the main thread does is the runqueue's work, and to give way to the transfers as Prefetch.process()
-does.
+So what the main thread does is the runqueue's work, and to give way to the
+transfers as Prefetch.process() does.
 
 Argument: a JSON object, see main(). Each line of its input is a mode, and what
 Meter.read() returns is written for it. An empty object comes before, when all
