@@ -221,7 +221,7 @@ class Host:
         idle_until = time.monotonic() + (UNUSED if unused else IDLE)
         self._be_idle()
         with self._cond:
-            while not self._stopped and len(self._threads) <= self._limit:
+            while not self._has_to_end():
                 now = time.monotonic()
                 condition, wait = self._cond, self._pause_until - now
                 if not self._queue:
@@ -245,7 +245,7 @@ class Host:
     def _leave(self):
         """End the thread, unless there is work for it again. Returns True if it has to end."""
         with self._cond:
-            if self._queue and not self._stopped and len(self._threads) <= self._limit:
+            if self._queue and not self._has_to_end():
                 return False
             self.pool.release()
             self._threads.discard(threading.current_thread())
@@ -306,7 +306,7 @@ class Host:
                 self._refill(connection)
                 if not connection.in_flight:
                     return connection
-                answers = connection.receive()
+                answers = judged(connection.receive())
                 try:
                     if self._may_go_on(connection, answers):
                         # Who waits for the answers can do so while the host has work again
@@ -338,7 +338,7 @@ class Host:
     def _may_go_on(self, connection, answers):
         """Whether answers say nothing that has to be thought about before more is sent"""
         return (connection.reusable and not connection.error and not self._pipelining.untested and
-                all(not error and not refusal(request, response) for request, response, error in answers))
+                not any(error for _, _, error in answers))
 
     def _take(self, connection):
         """The requests to send next on connection: those which wait longest, no more than fit"""
@@ -380,7 +380,11 @@ class Host:
 
     def _paused(self):
         """Called with the condition held. Whether nothing is to be asked now, or not by this thread."""
-        return self._stopped or len(self._threads) > self._limit or time.monotonic() < self._pause_until
+        return self._has_to_end() or time.monotonic() < self._pause_until
+
+    def _has_to_end(self):
+        """Called with the condition held. Whether nothing is to be asked any more, or there are more threads than allowed."""
+        return self._stopped or len(self._threads) > self._limit
 
     def _share(self, connection):
         """
@@ -412,8 +416,7 @@ class Host:
             self._idle.add(threading.current_thread())
 
     def _answered(self, answers):
-        """Pass on answers"""
-        answers = [(request, response, error or refusal(request, response)) for request, response, error in answers]
+        """Pass on answers, which were judged"""
         good = sum(not error for _, _, error in answers)
         thread = None
         if good:
@@ -463,7 +466,7 @@ class Host:
             if not answers:
                 self._be_idle()
                 self.submit(requests, True)
-        self._answered(answers)
+        self._answered(judged(answers))
         if outcome in ("fails", "broke") or connection.in_flight:
             self._drop(connection)
             return False
@@ -584,6 +587,10 @@ class Host:
             self.statistics.count(files=1, bytes=response.length or 0)
         finish(request, response, None)
 
+
+def judged(answers):
+    """answers, with the error that a response means"""
+    return [(request, response, error or refusal(request, response)) for request, response, error in answers]
 
 def refusal(request, response):
     """The error that response to request means, if it does"""

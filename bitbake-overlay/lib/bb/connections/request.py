@@ -68,8 +68,7 @@ class Request:
     only, for servers that refuse HEAD. size is how many bytes a HEAD has
     announced before, None if there was none. done(request, response, error) is
     called once and must not block: from a thread of the pool, or at once from the
-    one that submits. Raises
-    ValueError if url is not one that can be asked for here.
+    one that submits. Raises ValueError if url is not one that can be asked for here.
     """
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "size", "done", "cancelled", "attempts",
                  "answers", "redirects", "received", "sent", "url", "origin", "target", "route")
