@@ -42,7 +42,7 @@ import urllib.parse
 from pathlib import Path
 
 from netqueue import Problem, cpuseconds, sshd
-from netqueue.benchfiles import add_json, settings, work_folder, write_json
+from netqueue.benchfiles import add_json, put_away, settings, work_folder, write_json
 from netqueue.buildpicture import draw
 from netqueue.certificates import make_certificates
 from netqueue.delay import delayed
@@ -143,6 +143,7 @@ class Bench:
         self.progress = Progress(sys.stderr)
         self.certificates = make_certificates(work / "tls")
         self.filled = {}
+        self.old = work / "old"
 
     def measure(self, cell):
         """The row of a cell: what it is, and {variant: figures}."""
@@ -163,7 +164,7 @@ class Bench:
             for turn in range(self.options.repeat):
                 for variant, figures in self.turn(place, turn):
                     runs.setdefault(variant, []).append(figures)
-        shutil.rmtree(place.folder)
+        put_away(place.folder, self.old)
         for variant, results in runs.items():
             row["variants"][variant] = dict(
                 {name: round(statistics.median(result[name] for result in results), 2) for name in results[0]}, runs=results)
@@ -197,7 +198,7 @@ class Bench:
         yield tool, figures
         then = self.build(place, STOCK, STOCK, local=folder)
         yield "%s, then stock" % tool, {name: figures[name] + then[name] for name in figures}
-        shutil.rmtree(folder)
+        put_away(folder, self.old)
 
     def build(self, place, name, tree, conf="", local=None):
         """Restore everything. local: a folder with what SSTATE_DIR has before. Returns figures."""
@@ -210,7 +211,7 @@ class Bench:
             with build:
                 build.run(["-p"], timeout=SECONDS)
         for folder in (build.tmp, build.sstate):
-            shutil.rmtree(folder, ignore_errors=True)
+            put_away(folder, self.old)
         if local:
             shutil.copytree(local, build.sstate)
         with build:
@@ -248,7 +249,6 @@ class Bench:
                     raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
                 self.filled[key] = self.work / key
                 build.sstate.rename(self.filled[key])
-            shutil.rmtree(build.directory)
             self.progress.done()
         return self.filled[key]
 

@@ -24,7 +24,7 @@ import statistics
 import sys
 
 from netqueue import Problem, cpuseconds
-from netqueue.benchfiles import add_json, settings, work_folder, write_json
+from netqueue.benchfiles import add_json, put_away, settings, work_folder, write_json
 from netqueue.layer import Build
 from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
 from netqueue.report import Progress
@@ -125,7 +125,6 @@ class Bench:
             shutil.copytree(self.work / "objects", build.sstate)
         with build:
             yield Place(part, variant, build, mirror)
-        shutil.rmtree(folder, ignore_errors=True)
 
     def fill(self):
         """Make all objects once. Returns the folder that has them."""
@@ -135,18 +134,17 @@ class Bench:
             if result.returncode or len(build.archives()) != self.options.objects:
                 raise Problem("the objects could not be made: bitbake ended with %d" % result.returncode)
             build.sstate.rename(self.work / "objects")
-        shutil.rmtree(self.work / "fill")
         self.progress.done()
         return self.work / "objects"
 
     def build(self, place):
         """Build everything. Returns figures."""
         build = place.build
-        shutil.rmtree(build.tmp, ignore_errors=True)
+        put_away(build.tmp, self.work / "old")
         if place.mirror:
             place.mirror.served.reset()
         else:
-            shutil.rmtree(build.sstate, ignore_errors=True)
+            put_away(build.sstate, self.work / "old")
         before, client = cpuseconds.of_build(build), cpuseconds.of_children()
         result = build.run(["demo-all"], timeout=SECONDS)
         client = cpuseconds.of_children() - client
