@@ -51,6 +51,8 @@ PermitRootLogin prohibit-password
 UseDNS no
 PrintMotd no
 LogLevel VERBOSE
+# Else bash, through which sshd starts a subsystem, reads the user's .bashrc, which may take longer than the login
+SetEnv SHLVL=2
 Subsystem sftp %(subsystem)s
 %(extra)s
 """
