@@ -519,3 +519,27 @@ def test_a_connection_that_was_never_used_is_closed_soon(mirror, monkeypatch):
         answer.set()
         connect.set()
         assert pool.stop()
+
+
+@pytest.mark.parametrize("method, number, logins", [("HEAD", 28, 1), ("HEAD", 29, 2), ("HEAD", 56, 2), ("HEAD", 57, 3),
+                                                    ("HEAD", 85, 4), ("GET", 20, 4)])
+def test_logins_that_pay(method, number, logins):
+    """
+    One more takes as long as LOGIN full pipelines on each session that there is; of files nothing is known. It is
+    decided when a session has answered for the first time, and has had four requests.
+    """
+    mirror = Batches()
+    mirror.serial = True
+    go_on = threading.Event()
+    mirror.hold = lambda connection: connection.served and go_on.wait(10)
+    pool = Pool(4, depth=2, classes={"http": mirror})
+    try:
+        asked = [Asked(method, URL + str(i)) for i in range(number)]
+        pool.submit(*[one.request for one in asked])
+        wait_until(lambda: len(mirror.sends) == 2 * logins, "each has answered once")
+        go_on.set()
+        assert [one.status() for one in asked] == [200] * number
+        assert mirror.made == logins
+    finally:
+        go_on.set()
+        assert pool.stop()

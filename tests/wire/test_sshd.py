@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bb.connections import ConnectError, Disconnected, RefusedError
+from bb.connections.pool import Pool
 from bb.connections.sftp import SFTPConnection
 from netqueue import sshd
 from support.asking import Asked, ask_all, wait_until
@@ -242,6 +243,17 @@ def test_pool(mirror, pool):
     assert [one.body() for one in asked[FILES:]] == [content(i) for i in range(FILES // 2)]
     counters = mirror.counters()
     assert 1 <= counters.logins <= 4 and counters.dropped == 0
+
+
+def test_one_login_for_a_few_hundred(mirror):
+    """Another one takes about as long as they do on the session that there is."""
+    pool = Pool(4, 64, timeout=10)
+    try:
+        asked = ask_all(pool, "HEAD", numbered(mirror, range(FILES)), environment={"PATH": path(mirror)})
+        assert [one.status() for one in asked] == [200] * FILES
+    finally:
+        assert pool.stop()
+    assert mirror.counters().connections == 1
 
 
 def test_ipv6(serve, connect):

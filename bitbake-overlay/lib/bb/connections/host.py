@@ -50,6 +50,8 @@ BREAKER_PAUSE = 30
 # Seconds until a connection that is not used is closed; those which never were are what servers have less patience with
 IDLE = 60
 UNUSED = 5
+# Round trips, about, that a login takes
+LOGIN = 12
 RISE_AFTER = 32
 # Bytes that a body of unknown size counts, which is a siginfo mostly
 UNKNOWN_BODY = 64 * 1024
@@ -164,12 +166,25 @@ class Host:
     def _grow(self):
         """Called with the condition held. Returns a thread to start, if one is of use and allowed."""
         waiting = len(self._idle) + self._connecting
-        if self._stopped or waiting >= len(self._queue) or len(self._threads) >= self._limit or not self.pool.reserve():
+        if (self._stopped or waiting >= len(self._queue) or len(self._threads) >= self._limit or
+                not self._pays(waiting) or not self.pool.reserve()):
             return None
         thread = threading.Thread(target=self._run, name="connection to %s" % self.origin.host)
         self._threads.add(thread)
         self._idle.add(thread)
         return thread
+
+    def _pays(self, others=0):
+        """
+        Called with the condition held, something being queued. Whether one more connection would be there before
+        what is queued was answered by those there are, or by so many others. Logins are dear: each is one more that
+        sshd may drop. A pipeline full of STATs is answered in a round trip; of files nothing is known.
+        """
+        first, last = self._queue[0], self._queue[-1]
+        if not self._class.serial or first.fd is not None or last.fd is not None:
+            return True
+        others = max(others, sum(one.reusable and one.route == first.route for one in list(self.connections)))
+        return len(self._queue) > others * LOGIN * self._depth
 
     def stop(self):
         with self._cond:
@@ -231,6 +246,8 @@ class Host:
                 elif wait <= 0:
                     route = self._queue[0].route
                     found = connection and connection.route == route
+                    if not found and not self._pays():
+                        break
                     if found or not (self._class.serial and self._connecting):
                         self._connecting += not found
                         self._idle.discard(threading.current_thread())
@@ -245,7 +262,7 @@ class Host:
     def _leave(self):
         """End the thread, unless there is work for it again. Returns True if it has to end."""
         with self._cond:
-            if self._queue and not self._has_to_end():
+            if self._queue and self._pays() and not self._has_to_end():
                 return False
             self.pool.release()
             self._threads.discard(threading.current_thread())
