@@ -157,6 +157,25 @@ def test_recipe_with_other_settings(any_mirror, mirror_files, telling, patched_t
     assert result.left == 0
 
 
+def test_recipe_file_with_other_settings(any_mirror, mirror_files, telling, patched_tree):
+    """As what a recipe's own file sets: that is known to bitbake's cache, also when nothing has to be parsed."""
+    server, another = any_mirror("http"), any_mirror("http")
+    build = telling(patched_tree, server)
+    for name, line in (("demo-0003", 'BB_ALLOWED_NETWORKS = "*.example"'),
+                       ("demo-0004", 'SSTATE_MIRRORS = "file://.* %s/PATH;downloadfilename=PATH"' % another.url)):
+        with open(build.layer / "recipes" / (name + ".bb"), "a") as file:
+            file.write(line + "\n")
+    for parsed in (True, False):
+        result = restore(build)
+        assert ("Parsing of" in result.output) == parsed
+        assert started_with(build) == {name: name not in ("demo-0003", "demo-0004") for name in ALL}
+        assert "demo-0003" not in build.restored() and "demo-0004" in build.restored()
+        assert damaged(build.sstate, mirror_files) == []
+        for folder in (build.tmp / "default", build.sstate):
+            shutil.rmtree(folder)
+    assert "demo-0004" not in gets(server) and gets(another) == ["demo-0004"] * 2
+
+
 # Which, and when
 
 def dependents(build):

@@ -40,6 +40,8 @@ logger = logging.getLogger("BitBake.RunQueue")
 
 # Fewer objects are asked for without a progress bar
 PROGRESS_FROM = 100
+# What decides in the fetcher how a task fetches. PATH is another one for each machine, and finds the same ssh.
+SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS") + tuple(sorted(set(ENVIRONMENT) - {"PATH"}))
 
 
 class Presence:
@@ -119,19 +121,19 @@ class Presence:
             if progress:
                 progress.finish()
 
-    def fetchable(self, files, umask, settings=()):
+    def fetchable(self, files, umask):
         """
         Allow that the objects which query() has found are fetched ahead of their tasks. files is {task id: list
         of file names below DL_DIR of the query's d}: the object is the first, and the others are there when it is,
-        if they exist on the mirror. All are made with that umask, a number. settings are names of variables that
-        decide where a task fetches from and to; tasks for which one of them is another than usual are left out.
+        if they exist on the mirror. All are made with that umask, a number. Tasks for which one of settings() is
+        another than usual are left out.
         """
         for tid, names in files.items():
             locations, place, size = self._places.pop(tid, (None, None, None))
             old = self.files.get(tid)
             if old and old.unihash == self._unihash(tid) and old.names == names:
                 continue
-            if locations is not None and self._as_usual(tid, settings):
+            if locations is not None and self._as_usual(tid):
                 self.files[tid] = Files(names, size, self._unihash(tid), umask, locations, place)
 
     def files_of(self, tid):
@@ -139,19 +141,13 @@ class Presence:
         files = self.files.get(tid)
         return files if files and files.unihash == self._unihash(tid) else None
 
-    def _as_usual(self, tid, settings):
-        """Whether a task fetches as the query did, as far as that can be seen without its recipe's datastore"""
+    def _as_usual(self, tid):
+        """Whether a task fetches as the query did"""
         mc, _, _, taskfn = bb.runqueue.split_tid_mcfn(tid)
-        mcdata = self._rqdata.cooker.databuilder.mcdata
         if mc not in self._usual:
-            # PATH is another one for each machine, and finds the same ssh
-            names = tuple(settings) + ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS") + tuple(set(ENVIRONMENT) - {"PATH"})
-            self._usual[mc] = (all(mcdata[mc].getVar(name) == mcdata[""].getVar(name) for name in names),
-                               [override for name in names for override in overrides(name, mcdata[mc])])
-        usual, changes = self._usual[mc]
-        pn = self._rqdata.dataCaches[mc].pkg_fn[taskfn]
-        return usual and not mcdata[mc].getVarFlag("BB_ALLOWED_NETWORKS", pn, False) and not any(
-            may_apply(override, pn) for override in changes)
+            mcdata = self._rqdata.cooker.databuilder.mcdata
+            self._usual[mc] = all(mcdata[mc].getVar(name) == mcdata[""].getVar(name) for name in settings(mcdata[mc]))
+        return self._usual[mc] and not self._rqdata.dataCaches[mc].own_settings[taskfn]
 
     def _known_to_hashserv(self, objects):
         """Those of objects whose hash the hash equivalence server knows; all if it cannot be asked"""
@@ -181,21 +177,20 @@ class Presence:
             logger.warning(text)
 
 
-def overrides(name, d):
+def settings(d):
     """
-    Those for which d has another value of the variable, or more or less of it. Of each the set of its parts that
-    the configuration does not have anyway.
+    Names of the variables that decide from where, to where and how tasks fetch objects. The metadata has its own
+    in the flag settings of the function that BB_HASHCHECK_FUNCTION names.
     """
-    changes = list(d.overridedata.get(name, ()))
-    for operation in (":append", ":prepend", ":remove"):
-        changes += d.getVarFlag(name, operation, False) or []
-    usual = set((d.getVar("OVERRIDES") or "").split(":"))
-    return [set(override.split(":")) - usual for _, override in changes if override]
+    return tuple((d.getVarFlag(d.getVar("BB_HASHCHECK_FUNCTION") or "", "settings") or "").split()) + SETTINGS
 
 
-def may_apply(override, pn):
-    """Whether a recipe of that name may have the override, and the configuration has not"""
-    return bool(override) and not any(part.startswith("pn-") and part != "pn-" + pn for part in override)
+def own_settings(d, config):
+    """Those of settings() which a recipe, whose datastore is d, does not have from the configuration, for the cache"""
+    own = [name for name in settings(config) if d.getVar(name) != config.getVar(name)]
+    if d.getVarFlag("BB_ALLOWED_NETWORKS", d.getVar("PN") or "", False):
+        own.append("BB_ALLOWED_NETWORKS")
+    return own
 
 
 class Files:

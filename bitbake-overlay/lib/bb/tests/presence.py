@@ -18,7 +18,7 @@ import bb.parse
 from bb.connections import host, settings
 from bb.connections.memory import Memory
 from bb.connections.pool import Pool
-from bb.presence import Files, Presence, may_apply, overrides
+from bb.presence import Files, Presence, own_settings
 from bb.presencequery import Locations
 from bb.tests.connections import ConnectionsTest
 
@@ -143,6 +143,29 @@ class MirrorRulesTest(PresenceTest):
         self.assertEqual(mirror.requests, [])
 
 
+class SettingsTest(PresenceTest):
+    def test_own_settings_of_a_recipe(self):
+        self.d.setVar("BB_HASHCHECK_FUNCTION", "checkhashes")
+        self.d.setVarFlag("checkhashes", "settings", "STORE OTHER")
+        self.d.setVar("STORE", "/store")
+        self.d.setVar("STORE:pn-two", "/two")
+        for pn, name, expected in (("one", "X", []), ("one", "STORE", ["STORE"]), ("one", "STORE:append", ["STORE"]),
+                                   ("two", "X", ["STORE"]), ("one", "OTHER", ["OTHER"]), ("one", "PATH", []),
+                                   ("one", "https_proxy", ["https_proxy"]), ("one", "BB_ALLOWED_NETWORKS", ["BB_ALLOWED_NETWORKS"])):
+            with self.subTest(pn=pn, name=name):
+                d = self.d.createCopy()
+                d.setVar("PN", pn)
+                d.setVar("OVERRIDES", "pn-%s:%s" % (pn, d.getVar("OVERRIDES") or ""))
+                d.setVar(name, "value")
+                self.assertEqual(own_settings(d, self.d), expected)
+        self.d.setVarFlag("BB_ALLOWED_NETWORKS", "one", "*.example")
+        d = self.d.createCopy()
+        d.setVar("PN", "one")
+        self.assertEqual(own_settings(d, self.d), ["BB_ALLOWED_NETWORKS"])
+        d.setVar("PN", "two")
+        self.assertEqual(own_settings(d, self.d), [])
+
+
 class FilesTest(PresenceTest):
     """What is fetched ahead"""
 
@@ -168,15 +191,6 @@ class FilesTest(PresenceTest):
         self.mirrors("file://.* http://one.invalid/PATH;downloadfilename=other")
         with self.assertRaises(ValueError):
             self.files(0).describe("a.tar.zst")
-
-    def test_overrides_of_a_recipe(self):
-        self.d.setVar("OVERRIDES", "linux:x86")
-        for name, expected in (("X", []), ("X:pn-one", ["one"]), ("X:append:pn-one", ["one"]), ("X:remove:pn-one:x86", ["one"]),
-                               ("X:prepend:class-native", ["one", "two"]), ("X:x86", []), ("X:append:linux:x86", []), ("X:append", [])):
-            with self.subTest(name=name):
-                d = self.d.createCopy()
-                d.setVar(name, "value")
-                self.assertEqual([pn for pn in ("one", "two") if any(may_apply(o, pn) for o in overrides("X", d))], expected)
 
 
 class QueryTest(PresenceTest):
