@@ -543,3 +543,23 @@ def test_logins_that_pay(method, number, logins):
     finally:
         go_on.set()
         assert pool.stop()
+
+
+def test_a_login_while_the_session_is_busy_with_a_file():
+    """A question does not wait for the end of it."""
+    mirror = Batches()
+    mirror.serial = True
+    go_on = threading.Event()
+    mirror.hold = lambda connection: any(request.method == "GET" for request in connection.in_flight) and go_on.wait(10)
+    pool = Pool(4, depth=2, classes={"http": mirror})
+    try:
+        large, = ask_all(pool, "GET", [URL + "large"])
+        wait_until(lambda: mirror.sends == [1], "it is asked for")
+        question, = ask_all(pool, "HEAD", [URL])
+        assert question.status() == 200
+        assert not large.answered and mirror.made == 2
+        go_on.set()
+        assert large.status() == 200
+    finally:
+        go_on.set()
+        assert pool.stop()

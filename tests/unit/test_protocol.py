@@ -3,6 +3,7 @@
 """Messages and descriptors over a socket pair."""
 
 import array
+import gc
 import os
 import socket
 
@@ -21,6 +22,8 @@ def pair():
 @pytest.fixture
 def open_files():
     """Fails the test that leaves a descriptor open"""
+    # Those of earlier tests do not end meanwhile
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     yield
     assert len(os.listdir("/proc/self/fd")) == before

@@ -41,7 +41,8 @@ logger = logging.getLogger("BitBake.RunQueue")
 # Fewer objects are asked for without a progress bar
 PROGRESS_FROM = 100
 # What decides in the fetcher how a task fetches. PATH is another one for each machine, and finds the same ssh.
-SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS") + tuple(sorted(set(ENVIRONMENT) - {"PATH"}))
+SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS", "BB_CHECK_SSL_CERTS", "BB_CONNECTION_CACHE", "FETCHCMD_sftp",
+            "FETCHCMD_wget") + tuple(sorted(set(ENVIRONMENT) - {"PATH"}))
 
 
 class Presence:
@@ -146,7 +147,7 @@ class Presence:
         mc, _, _, taskfn = bb.runqueue.split_tid_mcfn(tid)
         if mc not in self._usual:
             mcdata = self._rqdata.cooker.databuilder.mcdata
-            self._usual[mc] = all(mcdata[mc].getVar(name) == mcdata[""].getVar(name) for name in settings(mcdata[mc]))
+            self._usual[mc] = not differences(mcdata[mc], mcdata[""])
         return self._usual[mc] and not self._rqdata.dataCaches[mc].own_settings[taskfn]
 
     def _known_to_hashserv(self, objects):
@@ -185,9 +186,25 @@ def settings(d):
     return tuple((d.getVarFlag(d.getVar("BB_HASHCHECK_FUNCTION") or "", "settings") or "").split()) + SETTINGS
 
 
+def differences(d, other):
+    """Those of settings() for which d has not the value of other, or none that can be told"""
+    def differs(name):
+        try:
+            return d.getVar(name) != other.getVar(name)
+        except bb.data_smart.ExpansionError:
+            return True
+
+    return [name for name in settings(other) if differs(name)]
+
+
 def own_settings(d, config):
-    """Those of settings() which a recipe, whose datastore is d, does not have from the configuration, for the cache"""
-    own = [name for name in settings(config) if d.getVar(name) != config.getVar(name)]
+    """
+    Those of settings() which a recipe, whose datastore is d, does not have from the configuration, for the cache.
+    What has no influence on whether that is valid, as SSTATE_DIR, counts as it was when the recipe was parsed.
+    """
+    if d.getVar("__SKIPPED", False):
+        return []
+    own = differences(d, config)
     if d.getVarFlag("BB_ALLOWED_NETWORKS", d.getVar("PN") or "", False):
         own.append("BB_ALLOWED_NETWORKS")
     return own

@@ -178,12 +178,14 @@ class Host:
         """
         Called with the condition held, something being queued. Whether one more connection would be there before
         what is queued was answered by those there are, or by so many others. Logins are dear: each is one more that
-        sshd may drop. A pipeline full of STATs is answered in a round trip; of files nothing is known.
+        sshd may drop. A pipeline full of STATs takes a round trip, on a session that is not busy with a file; of
+        files nothing is known.
         """
         first, last = self._queue[0], self._queue[-1]
         if not self._class.serial or first.fd is not None or last.fd is not None:
             return True
-        others = max(others, sum(one.reusable and one.route == first.route for one in list(self.connections)))
+        others = max(others, sum(one.reusable and one.route == first.route and not any(map(weight, list(one.in_flight)))
+                                 for one in list(self.connections)))
         return len(self._queue) > others * LOGIN * self._depth
 
     def stop(self):
@@ -247,6 +249,8 @@ class Host:
                     route = self._queue[0].route
                     found = connection and connection.route == route
                     if not found and not self._pays():
+                        # The wake-up may have been meant for one that has a connection
+                        self._cond.notify()
                         break
                     if found or not (self._class.serial and self._connecting):
                         self._connecting += not found
@@ -256,6 +260,7 @@ class Host:
                 condition.wait(wait)
             if connection:
                 # To close it may take a while
+                connection.reusable = False
                 self._idle.discard(threading.current_thread())
         return None
 

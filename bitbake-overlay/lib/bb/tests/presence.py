@@ -151,7 +151,8 @@ class SettingsTest(PresenceTest):
         self.d.setVar("STORE:pn-two", "/two")
         for pn, name, expected in (("one", "X", []), ("one", "STORE", ["STORE"]), ("one", "STORE:append", ["STORE"]),
                                    ("two", "X", ["STORE"]), ("one", "OTHER", ["OTHER"]), ("one", "PATH", []),
-                                   ("one", "https_proxy", ["https_proxy"]), ("one", "BB_ALLOWED_NETWORKS", ["BB_ALLOWED_NETWORKS"])):
+                                   ("one", "https_proxy", ["https_proxy"]), ("one", "BB_ALLOWED_NETWORKS", ["BB_ALLOWED_NETWORKS"]),
+                                   ("one", "BB_CHECK_SSL_CERTS", ["BB_CHECK_SSL_CERTS"]), ("one", "FETCHCMD_wget", ["FETCHCMD_wget"])):
             with self.subTest(pn=pn, name=name):
                 d = self.d.createCopy()
                 d.setVar("PN", pn)
@@ -163,6 +164,15 @@ class SettingsTest(PresenceTest):
         d.setVar("PN", "one")
         self.assertEqual(own_settings(d, self.d), ["BB_ALLOWED_NETWORKS"])
         d.setVar("PN", "two")
+        self.assertEqual(own_settings(d, self.d), [])
+
+    def test_own_settings_that_cannot_be_told(self):
+        """A task may fail because of it, but not the parsing of a recipe that nobody builds"""
+        d = self.d.createCopy()
+        d.setVar("HOME", "${@d.getVar('SET_LATER').strip()}")
+        with self.assertLogs("BitBake", "DEBUG"):
+            self.assertEqual(own_settings(d, self.d), ["HOME"])
+        d.setVar("__SKIPPED", "not for this machine")
         self.assertEqual(own_settings(d, self.d), [])
 
 
