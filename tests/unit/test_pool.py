@@ -4,6 +4,7 @@
 
 import collections
 import threading
+import time
 
 import pytest
 
@@ -521,27 +522,32 @@ def test_a_connection_that_was_never_used_is_closed_soon(mirror, monkeypatch):
         assert pool.stop()
 
 
-@pytest.mark.parametrize("method, number, logins", [("HEAD", 28, 1), ("HEAD", 29, 2), ("HEAD", 56, 2), ("HEAD", 57, 3),
-                                                    ("HEAD", 85, 4), ("GET", 20, 4)])
-def test_logins_that_pay(method, number, logins):
-    """
-    One more takes as long as LOGIN full pipelines on each session that there is; of files nothing is known. It is
-    decided when a session has answered for the first time, and has had four requests.
-    """
+@pytest.mark.parametrize("number, latency, sessions, pays", [(100, 0.02, 1, False), (1200, 0.02, 1, False), (1400, 0.02, 1, True),
+                                                             (1400, 0.02, 2, False), (100, 0.5, 1, True), (1, 0.02, 0, True)])
+def test_logins_that_pay(number, latency, sessions, pays):
+    """So many questions, answered 64 at a time after so many seconds: whether a login of 0.4 s would be done before."""
     mirror = Batches()
     mirror.serial = True
-    go_on = threading.Event()
-    mirror.hold = lambda connection: connection.served and go_on.wait(10)
-    pool = Pool(4, depth=2, classes={"http": mirror})
+    pool = Pool(4, depth=64, classes={"http": mirror})
+    host = host_module.Host(pool, Asked("HEAD", URL).request.origin)
+    host._queue.extend(Asked("HEAD", URL + str(i)).request for i in range(number))
+    host._login, host._latency = 0.4, latency
+    assert host._pays(sessions) == pays
+    host._queue.append(Asked("GET", URL).request)
+    assert host._pays(sessions)
+
+
+def test_one_login_for_a_few_questions():
+    mirror = Batches()
+    mirror.serial = True
+    mirror.connecting = lambda: time.sleep(0.05)
+    mirror.hold = lambda connection: None
+    pool = Pool(4, depth=64, classes={"http": mirror})
     try:
-        asked = [Asked(method, URL + str(i)) for i in range(number)]
-        pool.submit(*[one.request for one in asked])
-        wait_until(lambda: len(mirror.sends) == 2 * logins, "each has answered once")
-        go_on.set()
-        assert [one.status() for one in asked] == [200] * number
-        assert mirror.made == logins
+        asked = ask_all(pool, "HEAD", [URL + str(i) for i in range(200)])
+        assert [one.status() for one in asked] == [200] * 200
+        assert mirror.made == 1
     finally:
-        go_on.set()
         assert pool.stop()
 
 

@@ -245,12 +245,12 @@ def test_pool(mirror, pool):
     assert 1 <= counters.logins <= 4 and counters.dropped == 0
 
 
-def test_one_login_for_a_few_hundred(mirror):
-    """Another one takes about as long as they do on the session that there is."""
+def test_one_login_for_a_few(mirror):
+    """Another one takes longer than they do on the session that there is."""
     pool = Pool(4, 64, timeout=10)
     try:
-        asked = ask_all(pool, "HEAD", numbered(mirror, range(FILES)), environment={"PATH": path(mirror)})
-        assert [one.status() for one in asked] == [200] * FILES
+        asked = ask_all(pool, "HEAD", numbered(mirror, range(100)), environment={"PATH": path(mirror)})
+        assert [one.status() for one in asked] == [200] * 100
     finally:
         assert pool.stop()
     assert mirror.counters().connections == 1

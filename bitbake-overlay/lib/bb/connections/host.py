@@ -50,7 +50,7 @@ BREAKER_PAUSE = 30
 # Seconds until a connection that is not used is closed; those which never were are what servers have less patience with
 IDLE = 60
 UNUSED = 5
-# Round trips, about, that a login takes
+# Round trips, about, that a login takes: what is known of these before the first answer
 LOGIN = 12
 RISE_AFTER = 32
 # Bytes that a body of unknown size counts, which is a siginfo mostly
@@ -100,6 +100,8 @@ class Host:
         self._depth = pool.depth
         self._pipelining = Pipelining(self._class.trial and pool.depth > 1)
         self._answers = 0
+        # Seconds that the last login took, and that the last STAT was under way, which waits for those before it
+        self._login = self._latency = 0
         # Refusals, time-outs and failures to connect in a row, the time of the last, and until when nothing is asked
         self._failures = 0
         self._failed_at = 0
@@ -178,15 +180,15 @@ class Host:
         """
         Called with the condition held, something being queued. Whether one more connection would be there before
         what is queued was answered by those there are, or by so many others. Logins are dear: each is one more that
-        sshd may drop. A pipeline full of STATs takes a round trip, on a session that is not busy with a file; of
-        files nothing is known.
+        sshd may drop. This goes by how long STATs take on sessions that are not busy with files; of files nothing
+        is known.
         """
         first, last = self._queue[0], self._queue[-1]
         if not self._class.serial or first.fd is not None or last.fd is not None:
             return True
         others = max(others, sum(one.reusable and one.route == first.route and not any(map(weight, list(one.in_flight)))
                                  for one in list(self.connections)))
-        return len(self._queue) > others * LOGIN * self._depth
+        return not others or len(self._queue) * self._latency > others * self._depth * self._login
 
     def stop(self):
         with self._cond:
@@ -287,15 +289,22 @@ class Host:
             error = e
         except Exception as e:
             error = internal(e)
+        thread = None
         with self._cond:
             self._connecting -= 1
             self._turn.notify_all()
             request = None
+            if connection and self._class.serial:
+                self._login = time.monotonic() - started
+                self._latency = self._latency or self._login / LOGIN
+                self._be_idle()
+                thread = self._grow()
             # Connections fail together: that is one failure for who waits
             if error and started >= self._failed_at and self._queue and self._queue[0].route == route:
                 request = self._queue.popleft()
             if error:
                 self._be_idle()
+        self._start(thread)
         if error:
             self._failed(request, error, started)
         return connection
@@ -442,7 +451,10 @@ class Host:
         good = sum(not error for _, _, error in answers)
         thread = None
         if good:
+            last = answers[-1][0]
             with self._cond:
+                if last.fd is None:
+                    self._latency = time.monotonic() - last.sent
                 thread = self._succeeded(good)
         self._start(thread)
         self._be_idle()
