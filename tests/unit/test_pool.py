@@ -4,7 +4,7 @@
 
 import collections
 import threading
-import time
+import types
 
 import pytest
 
@@ -537,10 +537,16 @@ def test_logins_that_pay(number, latency, sessions, pays):
     assert host._pays(sessions)
 
 
-def test_one_login_for_a_few_questions():
+def test_one_login_for_a_few_questions(monkeypatch):
+    clock = [0]
+    monkeypatch.setattr(host_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def log_in():
+        clock[0] += 1
+
     mirror = Batches()
     mirror.serial = True
-    mirror.connecting = lambda: time.sleep(0.05)
+    mirror.connecting = log_in
     mirror.hold = lambda connection: None
     pool = Pool(4, depth=64, classes={"http": mirror})
     try:
