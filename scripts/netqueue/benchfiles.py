@@ -43,11 +43,12 @@ def work_folder(prefix):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def put_away(folder, place):
-    """Move folder, if it exists, into the folder place, where it has another name."""
+def put_away(folder, work):
+    """Move folder, if it exists, to where it is removed with the folder work, and in nobody's way until then."""
     if folder.exists():
-        place.mkdir(exist_ok=True)
-        folder.rename(place / str(len(os.listdir(place))))
+        old = work / "old"
+        old.mkdir(exist_ok=True)
+        folder.rename(old / str(len(os.listdir(old))))
 
 
 def settings(options):

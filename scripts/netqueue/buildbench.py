@@ -143,7 +143,6 @@ class Bench:
         self.progress = Progress(sys.stderr)
         self.certificates = make_certificates(work / "tls")
         self.filled = {}
-        self.old = work / "old"
 
     def measure(self, cell):
         """The row of a cell: what it is, and {variant: figures}."""
@@ -164,7 +163,7 @@ class Bench:
             for turn in range(self.options.repeat):
                 for variant, figures in self.turn(place, turn):
                     runs.setdefault(variant, []).append(figures)
-        put_away(place.folder, self.old)
+        put_away(place.folder, self.work)
         for variant, results in runs.items():
             row["variants"][variant] = dict(
                 {name: round(statistics.median(result[name] for result in results), 2) for name in results[0]}, runs=results)
@@ -198,7 +197,7 @@ class Bench:
         yield tool, figures
         then = self.build(place, STOCK, STOCK, local=folder)
         yield "%s, then stock" % tool, {name: figures[name] + then[name] for name in figures}
-        put_away(folder, self.old)
+        put_away(folder, self.work)
 
     def build(self, place, name, tree, conf="", local=None):
         """Restore everything. local: a folder with what SSTATE_DIR has before. Returns figures."""
@@ -211,7 +210,7 @@ class Bench:
             with build:
                 build.run(["-p"], timeout=SECONDS)
         for folder in (build.tmp, build.sstate):
-            put_away(folder, self.old)
+            put_away(folder, self.work)
         if local:
             shutil.copytree(local, build.sstate)
         with build:

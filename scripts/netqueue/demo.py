@@ -171,8 +171,6 @@ def fill(work, tree, options, progress):
             raise Problem("the mirror could not be filled: %s" % _first_error(result))
         files = work / "mirror-files"
         build.sstate.rename(files)
-    if not options.keep:
-        shutil.rmtree(work / "mirror")
     return files
 
 
@@ -181,7 +179,10 @@ def _serve(files, protocol, certificates):
 
 
 def restore(work, tree, protocol, files, certificates, options, progress):
-    """One run with nothing in TMPDIR and SSTATE_DIR. Returns its row and what only the table shows."""
+    """
+    One run with nothing in TMPDIR and SSTATE_DIR. Returns its row and what only the table shows. Its files stay until
+    all are done: to remove them would slow the next run down (see benchfiles.py).
+    """
     folder = work / ("%s-%s" % (tree.name, protocol))
     with contextlib.ExitStack() as stack:
         mirror = stack.enter_context(_serve(files, protocol, certificates))
@@ -193,8 +194,6 @@ def restore(work, tree, protocol, files, certificates, options, progress):
         progress.done()
         connections, requests = _counted(mirror)
         restored = len(build.restored())
-    if not options.keep:
-        shutil.rmtree(folder)
     row = {"tree": tree.name, "protocol": protocol, "objects": options.objects, "restored": restored,
            "lost": options.objects - restored, "connections": connections,
            "requests": requests, "presence_seconds": round(result.presence.seconds, 3),

@@ -140,11 +140,11 @@ class Bench:
     def build(self, place):
         """Build everything. Returns figures."""
         build = place.build
-        put_away(build.tmp, self.work / "old")
+        put_away(build.tmp, self.work)
         if place.mirror:
             place.mirror.served.reset()
         else:
-            put_away(build.sstate, self.work / "old")
+            put_away(build.sstate, self.work)
         before, client = cpuseconds.of_build(build), cpuseconds.of_children()
         result = build.run(["demo-all"], timeout=SECONDS)
         client = cpuseconds.of_children() - client

@@ -21,7 +21,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -280,7 +279,6 @@ class Bench:
             after = self.count_absent(mirror.served.work.glob(mirror.logs[len(str(mirror.served.work)) + 1:]))
         if result.returncode and protocol != "sftp":
             raise Problem("%s, build, %s: bitbake ended with %d" % (protocol, name, result.returncode))
-        shutil.rmtree(folder)
         return {"protocol": protocol, "tree": name, "objects": self.options.build_objects, "absent": len(self.absent),
                 "asked_by_query": before, "asked_after_query": after - before, "returncode": result.returncode,
                 "presence_seconds": result.presence.seconds, "seconds": result.seconds}
