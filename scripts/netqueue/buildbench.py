@@ -42,7 +42,7 @@ import urllib.parse
 from pathlib import Path
 
 from netqueue import Problem, cpuseconds, sshd
-from netqueue.benchfiles import add_json, put_away, settings, work_folder, write_json
+from netqueue.benchfiles import add_json, add_work, put_away, settings, work_folder, write_json
 from netqueue.buildpicture import draw
 from netqueue.certificates import make_certificates
 from netqueue.delay import delayed
@@ -92,6 +92,7 @@ def add_options(parser):
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each; the median counts "
                         "(default: %(default)s)")
     add_json(parser)
+    add_work(parser)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw stock beside patched into FILE")
 
 
@@ -99,7 +100,7 @@ def run(options):
     cells = [parse(name, options) for name in (MATRIX if options.matrix else options.cell or DEFAULT)]
     enter_venv()
     done, problems = [], []
-    with work_folder("build-") as work:
+    with work_folder("build-", options.work) as work:
         bench = Bench(options, work)
         for cell in cells:
             try:

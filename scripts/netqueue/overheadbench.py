@@ -24,7 +24,7 @@ import statistics
 import sys
 
 from netqueue import Problem, cpuseconds
-from netqueue.benchfiles import add_json, put_away, settings, work_folder, write_json
+from netqueue.benchfiles import add_json, add_work, put_away, settings, work_folder, write_json
 from netqueue.layer import Build
 from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
 from netqueue.report import Progress
@@ -52,12 +52,13 @@ def add_options(parser):
     parser.add_argument("--stock", metavar="TREE", help="a checkout to use as stock bitbake")
     parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
     add_json(parser)
+    add_work(parser)
 
 
 def run(options):
     trees = find_trees(options)
     enter_venv()
-    with work_folder("overhead-") as work:
+    with work_folder("overhead-", options.work) as work:
         rows = Bench(options, trees, work).measure()
     print(table(options, rows))
     write_json(options, {"options": settings(options), "parts": rows})

@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 
 from netqueue import Problem, pace
-from netqueue.benchfiles import add_json, settings, work_folder, write_json
+from netqueue.benchfiles import add_json, add_work, settings, work_folder, write_json
 from netqueue.certificates import make_certificates
 from netqueue.presencebench import PROTOCOLS, open_mirror, patched_tree, positive
 from netqueue.query import object_name
@@ -71,6 +71,7 @@ def add_options(parser):
     parser.add_argument("--size", type=positive, default=4096, metavar="N",
                         help="bytes of an object, beside its .siginfo (default: %(default)s)")
     add_json(parser)
+    add_work(parser)
 
 
 def run(options):
@@ -84,7 +85,7 @@ def run(options):
     if options.under_way > 200:
         # Two files each, and servers have a limit of 1024 descriptors
         raise Problem("--under-way is at most 200")
-    with work_folder("pace-") as work:
+    with work_folder("pace-", options.work) as work:
         runs = measure(options, starts, work)
     report = summarise(options, runs)
     print(table(options, report))

@@ -28,7 +28,7 @@ import urllib.parse
 from pathlib import Path
 
 from netqueue import ROOT, Problem, environment, query
-from netqueue.benchfiles import add_json, settings, work_folder, write_json
+from netqueue.benchfiles import add_json, add_work, settings, work_folder, write_json
 from netqueue.certificates import make_certificates, trust
 from netqueue.delay import delayed
 from netqueue.layer import Build
@@ -92,6 +92,7 @@ def add_options(parser):
     parser.add_argument("--part", choices=PARTS, action="append", metavar="P",
                         help="only this: %s; may be given more than once" % ", ".join(PARTS))
     add_json(parser)
+    add_work(parser)
 
 
 def run(options):
@@ -101,7 +102,7 @@ def run(options):
         enter_venv()
     trees = {"stock": shared_tree(patched=False), "patched": patched_tree()}
     rows, builds, problems = [], [], []
-    with work_folder("presence-") as work:
+    with work_folder("presence-", options.work) as work:
         bench = Bench(options, trees, work, Progress(sys.stderr))
         for protocol in protocols:
             # The memory is not the protocol's
