@@ -72,7 +72,7 @@ class Transfer:
         self.files = files
         self.temporary = {}
         self.requests = {}
-        self.found = []
+        self.found = set()
         self.error = None
         self.received = 0
         self.heard = time.monotonic()
@@ -162,7 +162,7 @@ class Prefetch:
         self._forget()
         for _ in range(min(len(self._answers), ANSWERS_EACH)):
             self._answered(*self._answers.popleft())
-        first = []
+        first, later = [], []
         starts = STARTS_EACH
         while starts and self._has_room() and self._wanted and self._may_start():
             starts -= 1
@@ -180,7 +180,8 @@ class Prefetch:
             tid = self._following()
             if tid is None:
                 break
-            memory.submit(*self._start(tid))
+            later += self._start(tid)
+        memory.submit(*later)
         if self._answers or not starts:
             self._wake()
         if self._under_way:
@@ -330,7 +331,7 @@ class Prefetch:
             answer = client.Answer(200, response.length, last_modified(response.headers))
             try:
                 if client.is_complete(transfer.temporary[name], fd, answer):
-                    transfer.found.append(name)
+                    transfer.found.add(name)
                     return
                 error = "not complete"
             except OSError as e:
@@ -364,7 +365,7 @@ class Prefetch:
         self.awaited.discard(transfer.tid)
         self.objects += 1
         self.bytes += transfer.files.size or 0
-        if len(transfer.found) == len(transfer.files.names):
+        if transfer.found.issuperset(transfer.files.names[:transfer.files.needed]):
             self._presence.local([transfer.tid])
         logger.debug2("Fetched ahead for %s", transfer.tid)
 

@@ -122,12 +122,13 @@ class Presence:
             if progress:
                 progress.finish()
 
-    def fetchable(self, files, umask):
+    def fetchable(self, files, umask, needed=1):
         """
         Allow that the objects which query() has found are fetched ahead of their tasks. files is {task id: list
         of file names below DL_DIR of the query's d}: the object is the first, and the others are there when it is,
-        if they exist on the mirror. All are made with that umask, a number. Tasks for which one of settings() is
-        another than usual are left out.
+        if they exist on the mirror. A task that has so many of them, from the first on, as needed says fetches
+        nothing. All are made with that umask, a number. Tasks for which one of settings() is another than usual
+        are left out.
         """
         for tid, names in files.items():
             locations, place, size = self._places.pop(tid, (None, None, None))
@@ -135,7 +136,7 @@ class Presence:
             if old and old.unihash == self._unihash(tid) and old.names == names:
                 continue
             if locations is not None and self._as_usual(tid):
-                self.files[tid] = Files(names, size, self._unihash(tid), umask, locations, place)
+                self.files[tid] = Files(names, needed, size, self._unihash(tid), umask, locations, place)
 
     def files_of(self, tid):
         """The Files of tid's object with its current hash, or None"""
@@ -215,10 +216,12 @@ class Files:
     What can be fetched ahead for a task: names of files below directory. Compared by identity: if the
     task's hash changes there is another one.
     """
-    __slots__ = ("names", "size", "unihash", "umask", "_locations", "_place")
+    __slots__ = ("names", "needed", "size", "unihash", "umask", "_locations", "_place")
 
-    def __init__(self, names, size, unihash, umask, locations, place):
+    def __init__(self, names, needed, size, unihash, umask, locations, place):
         self.names = names
+        # With how many of them the task fetches nothing
+        self.needed = needed
         # Of the object, in bytes; None if the mirror has not told
         self.size = size
         self.unihash = unihash

@@ -38,7 +38,7 @@ import bb
 import bb.utils
 from bb.connections import (Cancelled, ConnectError, ConnectionCacheError, DestinationError, Disconnected, ProtocolError, StatusError,
                             TimedOutError)
-from bb.connections.request import DEFAULT_PORTS, MAX_DIGITS, Response, redact
+from bb.connections.request import DEFAULT_PORTS, MAX_DIGITS, Response, discard, redact
 
 # An answer's head and what is read of a body that nobody wants before the
 # connection is given up instead, in bytes
@@ -401,8 +401,7 @@ class HTTPConnection:
         if wanted:
             if length is not None:
                 self._check_size(request, status, length)
-            # What an earlier attempt has left
-            self._write(os.ftruncate, request.fd, 0)
+            self._write(discard, request.fd)
         sink = functools.partial(self._sink, request) if wanted else None
         coding = headers.get("transfer-encoding")
         if coding is not None:

@@ -20,6 +20,7 @@ import base64
 import collections
 import email.utils
 import functools
+import os
 import time
 import urllib.parse
 import urllib.request
@@ -225,6 +226,12 @@ def of_whole_file(response):
     if response.status == 416 and size != 0:
         return response
     return Response(200, response.headers, size)
+
+def discard(fd):
+    """Empty the file fd of what an earlier attempt has left. Raises OSError."""
+    # A file that was truncated, be it empty, ext4 writes to the disk when it is closed (auto_da_alloc in ext4(5))
+    if os.fstat(fd).st_size:
+        os.ftruncate(fd, 0)
 
 def retry_after(headers):
     """Retry-After (RFC 9110 10.2.3) in seconds, or None"""

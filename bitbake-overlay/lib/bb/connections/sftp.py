@@ -33,7 +33,7 @@ import time
 
 from bb.connections import (Cancelled, ConnectionCacheError, DestinationError, Disconnected, ProtocolError,
                             StatusError, TimedOutError)
-from bb.connections.request import Response, redact
+from bb.connections.request import Response, discard, redact
 from bb.connections.ssh import SSH, printable
 
 VERSION = 3
@@ -391,8 +391,7 @@ class SFTPConnection:
             self._end_transfer(transfer, None, None)
             return
         try:
-            # What an earlier attempt has left
-            os.ftruncate(request.fd, 0)
+            discard(request.fd)
         except OSError as e:
             self._end_transfer(transfer, None, unwritable(e))
             return

@@ -191,6 +191,12 @@ class HTTPTest(ConnectionsTest):
         self.assertTrue(connection.reusable)
         self.assertEqual(mirror.connections, 1)
 
+    def test_a_new_file_is_not_truncated(self):
+        mirror = self.mirror()
+        with unittest.mock.patch("os.ftruncate") as truncate:
+            self.exchange(self.connect(mirror.url), Request("GET", mirror.url + "/5", {}, fd=self.open()))
+        truncate.assert_not_called()
+
     def test_chunked(self):
         peer = self.peer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
                          b"5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nTrailer: 1\r\n\r\n")

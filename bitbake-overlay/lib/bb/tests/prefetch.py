@@ -30,6 +30,7 @@ class Files:
         self.directory = directory
         name = "ab/%s-%s" % (tid, number)
         self.names = (name, name + ".siginfo")
+        self.needed = 1
         self.size = 5
         self.umask = 0o002
 
@@ -240,7 +241,17 @@ class PrefetchTest(unittest.TestCase):
         self.connections.answer()
         self.connections.answer(status=404)
         self.prefetch.process()
-        self.assertEqual(self.names(), ["ab/a-0"])
+        self.assertEqual((self.names(), self.local), (["ab/a-0"], ["a"]))
+
+    def test_without_what_is_needed(self):
+        """As a signature that is to be verified: the task looks for it on the network"""
+        self.make({"a": set()})
+        self.files["a"].needed = 2
+        self.prefetch.process()
+        self.connections.answer()
+        self.connections.answer(status=404)
+        self.prefetch.process()
+        self.assertEqual((self.names(), self.local, self.prefetch.objects), (["ab/a-0"], [], 1))
 
     def test_two_builds_with_one_directory(self):
         """What one of them has fetched is never what the other has not yet"""
@@ -328,9 +339,8 @@ class PrefetchTest(unittest.TestCase):
                     self.connections.answer()
                     self.prefetch.process()
                     # The siginfo does not matter
-                    self.assertEqual(self.names(), ["ab/a-0"] if other else [])
+                    self.assertEqual((self.names(), self.local), (["ab/a-0"], ["a"]) if other else ([], []))
                     self.assertFalse(self.prefetch.awaits("a"))
-                    self.assertEqual(self.local, [])
                     self.close()
                     shutil.rmtree(self.tempdir + "/ab")
 
