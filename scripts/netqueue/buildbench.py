@@ -47,6 +47,7 @@ from netqueue.buildpicture import draw
 from netqueue.certificates import make_certificates
 from netqueue.delay import delayed
 from netqueue.layer import Build
+from netqueue.oecore import OEBuild, clones, sources_of_environment
 from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
 from netqueue.report import Progress
 from netqueue.trees import shared_tree
@@ -91,6 +92,8 @@ def add_options(parser):
                         help="BB_NUMBER_THREADS (default: %(default)s)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each; the median counts "
                         "(default: %(default)s)")
+    parser.add_argument("--real-classes", action="store_true", help="builds with openembedded-core's classes, on clones of "
+                        "the checkouts that BITBAKEDIR and OECOREDIR name")
     add_json(parser)
     add_work(parser)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw stock beside patched into FILE")
@@ -140,7 +143,11 @@ class Bench:
     def __init__(self, options, work):
         self.options = options
         self.work = work
-        self.trees = {STOCK: shared_tree(patched=False), PATCHED: patched_tree()}
+        if options.real_classes:
+            sources = sources_of_environment()
+            self.trees = {name: clones(work / ("tree-" + name), sources, name == PATCHED) for name in (STOCK, PATCHED)}
+        else:
+            self.trees = {STOCK: shared_tree(patched=False), PATCHED: patched_tree()}
         self.progress = Progress(sys.stderr)
         self.certificates = make_certificates(work / "tls")
         self.filled = {}
@@ -254,7 +261,8 @@ class Bench:
 
 
 def make_build(folder, tree, cell, threads, conf="", mirror=None):
-    build = Build(folder, tree, objects=cell.objects, threads=threads, extra_conf=conf, mirror=mirror,
+    kind = OEBuild if tree.oecore else Build
+    build = kind(folder, tree, objects=cell.objects, threads=threads, extra_conf=conf, mirror=mirror,
                   environment=cpuseconds.RESIDENT)
     if cell.small:
         build.sizes = {name: 1024 + 7 * number % 4096 for number, name in enumerate(build.sizes)}

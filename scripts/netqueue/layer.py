@@ -87,7 +87,7 @@ class Build:
         conf = self.directory / "conf"
         (conf / "bblayers.conf").write_text(
             HEADER + 'BBPATH = "${TOPDIR}"\nBBFILES = ""\nBBLAYERS = "%s"\n' % self.layer)
-        (conf / "local.conf").write_text(self._local_conf())
+        (conf / "local.conf").write_text(self._local_conf() + self.extra_conf + "\n")
         for name, text in self.multiconfigs.items():
             (conf / "multiconfig" / (name + ".conf")).write_text(HEADER + text)
 
@@ -97,7 +97,7 @@ class Build:
             lines.append('SSTATE_MIRRORS = "file://.* %s/PATH;downloadfilename=PATH"' % self.mirror.url)
         if self.multiconfigs:
             lines.append('BBMULTICONFIG = "%s"' % " ".join(self.multiconfigs))
-        return HEADER + "\n".join(lines) + "\n" + self.extra_conf + "\n"
+        return HEADER + "\n".join(lines) + "\n"
 
     def _recipe_texts(self):
         names = list(self.sizes)

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import List
+from typing import List, Optional
 
 from netqueue import ROOT, Problem
 
@@ -35,7 +35,9 @@ DOWNLOAD_SECONDS = 600
 
 @dataclasses.dataclass
 class Tree:
+    """oecore: the openembedded-core that belongs to a checkout, for oecore.py"""
     path: Path
+    oecore: Optional[Path] = None
     name: str = ""
     is_checkout: bool = False
     applied: List[str] = dataclasses.field(default_factory=list)

@@ -9,22 +9,13 @@ import pytest
 
 from netqueue import ROOT
 from netqueue.checkout import bitbake_version, oecore_version
-from netqueue.git import git, git_ok
+from netqueue.git import git
+from netqueue.oecore import clone
 from netqueue.series import load_bases, patch_files
 from series.synthetic import run, state
 
 pytestmark = pytest.mark.checkout
 PINS = load_bases()["master"]
-
-
-def clone(source, target, part):
-    """A clone of a checkout at the pinned commit, which borrows its objects."""
-    pin = PINS[part]["commit"]
-    if not git_ok(source, "cat-file", "-e", pin + "^{commit}"):
-        pytest.fail("%s does not have the pinned commit %s: git fetch it" % (source, pin))
-    git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(target))
-    git(target, "checkout", "--quiet", "-b", "base", pin)
-    return target
 
 
 def round_trip(tree, parts, repos):

@@ -13,18 +13,14 @@ import sys
 
 import pytest
 
-from netqueue import ROOT, environment
-from netqueue.layer import HEADER
-from netqueue.running import Running, stop_processes
-from netqueue.series import load_bases, patch_files
-from netqueue.trees import checkout
-from series.synthetic import run
-from series.test_checkouts import clone
+from netqueue import environment
+from netqueue.oecore import MissingPrograms, OEBuild, clones
+from netqueue.running import stop_processes
 from system.observe import damaged, problems, snapshot, summary
 
 pytestmark = [pytest.mark.system, pytest.mark.checkout, pytest.mark.timeout(1500)]
 
-PINS = load_bases()["master"]
+VARIANTS = ("stock", "patched")
 SELFTESTS = ["bb.tests.runqueue", "bb.tests.fetch"]
 SELFTEST_SECONDS = 1200
 BUILD_SECONDS = 600
@@ -50,26 +46,18 @@ def needs_locale():
         pytest.skip("the locale %s is missing" % environment.LOCALE)
 
 
-def cloned(folder, part, source, patched):
-    tree = clone(source, folder / ("%s-%s" % (part, "patched" if patched else "stock")), part)
-    if patched and patch_files("master", part):
-        done = run("apply", tree, project=ROOT)
-        assert done.returncode == 0, done.stderr
-    return tree
-
-
 @pytest.fixture(scope="module")
 def bitbakes(bitbake_checkout, tmp_path_factory):
     """{"stock": path, "patched": path}"""
     folder = tmp_path_factory.mktemp("bitbakes")
-    return {name: cloned(folder, "bitbake", bitbake_checkout, name == "patched") for name in ("stock", "patched")}
+    return {name: clones(folder / name, {"bitbake": bitbake_checkout}, name == "patched").path for name in VARIANTS}
 
 
-@pytest.fixture(scope="module")
-def oecores(oecore_checkout, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("oecores")
-    return {name: cloned(folder, "openembedded-core", oecore_checkout, name == "patched")
-            for name in ("stock", "patched")}
+@pytest.fixture
+def trees(bitbake_checkout, oecore_checkout, tmp_path):
+    """{"stock": Tree, "patched": Tree}"""
+    sources = {"bitbake": bitbake_checkout, "openembedded-core": oecore_checkout}
+    return {name: clones(tmp_path / ("tree-" + name), sources, name == "patched") for name in VARIANTS}
 
 
 def search_path(tree):
@@ -124,122 +112,36 @@ def ended(process, folder):
 
 # A build with openembedded-core's classes
 
-CLASS = """
-# Recipes of some tasks with sstate, that need no compiler and no other recipe
-LICENSE = "MIT"
-SUMMARY = "${PN}"
-INHIBIT_DEFAULT_DEPS = "1"
-PATCHDEPENDENCY = ""
-NQ_SIZE ?= "4096"
-inherit deploy nopackages
-do_populate_lic[noexec] = "1"
-do_compile() {
-    head -c ${NQ_SIZE} /dev/urandom > ${B}/blob
-}
-do_deploy() {
-    install -m 0644 ${B}/blob ${DEPLOYDIR}/${PN}.blob
-}
-addtask deploy after do_compile
-deltask do_populate_sysroot
-python () {
-    for task in bb.build.listtasks(d):
-        d.setVarFlag(task, "depends", "")
-        d.delVarFlag(task, "fakeroot")
-}
-"""
-
-ALL = """
-LICENSE = "MIT"
-INHIBIT_DEFAULT_DEPS = "1"
-inherit nopackages
-deltask do_populate_sysroot
-deltask do_install
-deltask do_patch
-deltask do_unpack
-deltask do_populate_lic
-do_build[depends] = "%s"
-"""
-
-CONF = """
-MACHINE = "qemux86-64"
-DISTRO = "nodistro"
-INHERIT:remove = "sanity uninative"
-BB_NUMBER_THREADS = "8"
-PACKAGE_CLASSES = "package_ipk"
-BB_HASHSERVE = ""
-BB_SIGNATURE_HANDLER = "OEBasicHash"
-BBMASK = "%(oecore)s/meta/recipes-"
-CONNECTIVITY_CHECK_URIS = ""
-PATCHDEPENDENCY = ""
-WARN_QA:remove = "license-format"
-ASSUME_PROVIDED += "virtual/fakeroot-native quilt-native pseudo-native patch-replacement-native"
-TMPDIR = "${TOPDIR}/tmp"
-SSTATE_DIR = "${TOPDIR}/sstate"
-DL_DIR = "${TOPDIR}/downloads"
-SSTATE_MIRRORS = "%(mirrors)s"
-"""
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(HEADER + text)
-
-
-def write_layer(layer):
-    names = ["nq-%04d" % number for number in range(RECIPES)]
-    write(layer / "conf" / "layer.conf", """
-BBPATH .= ":${LAYERDIR}"
-BBFILES += "${LAYERDIR}/recipes/*.bb"
-BBFILE_COLLECTIONS += "nq"
-BBFILE_PATTERN_nq = "^${LAYERDIR}/"
-LAYERSERIES_COMPAT_nq = "%s"
-""" % " ".join(PINS["openembedded-core"]["series"]))
-    write(layer / "classes" / "nq.bbclass", CLASS)
-    for place, name in enumerate(names):
-        size = 1 << 20 if place % 15 == 7 else 4096 + place
-        write(layer / "recipes" / (name + ".bb"), 'NQ_SIZE = "%d"\ninherit nq\n' % size)
-    write(layer / "recipes" / "nq-all.bb", ALL % " ".join(name + ":do_deploy" for name in names))
-
-
-def bitbake(folder, tree, oecore, layer, mirror, *arguments, conf=""):
-    """Run bitbake in folder, made for this"""
-    mirrors = "file://.* %s/PATH;downloadfilename=PATH" % mirror.url if mirror else ""
-    write(folder / "conf" / "local.conf", CONF % {"oecore": oecore, "mirrors": mirrors} + conf)
-    write(folder / "conf" / "bblayers.conf",
-          'BBPATH = "${TOPDIR}"\nBBFILES = ""\nBBLAYERS = "%s/meta %s"\n' % (oecore, layer))
-    (folder / "home").mkdir(exist_ok=True)
-    environment = {"PATH": search_path(tree), "HOME": str(folder / "home"), "LC_ALL": "en_US.UTF-8", "TERM": "dumb",
-                   "BBPATH": str(folder), "BB_SERVER_TIMEOUT": "0"}
-    command = [sys.executable, str(checkout(tree).bitbake), *arguments]
-    result = Running(command, folder, environment, folder / "console.log", resident=False).wait(BUILD_SECONDS)
-    missing = re.search(r"specified by HOSTTOOLS\) appear to be unavailable.*\n(.*)", result.output)
-    if missing:
-        pytest.skip("openembedded-core needs programs that are missing:%s" % missing.group(1))
+def restore(build, *arguments):
+    try:
+        result = build.run(arguments, timeout=BUILD_SECONDS)
+    except MissingPrograms as problem:
+        pytest.skip(str(problem))
     assert (result.returncode, result.left) == (0, 0), result.output
     return result
 
 
-def test_real_classes(bitbakes, oecores, serve_nginx, tmp_path):
-    layer = tmp_path / "meta-nq"
-    write_layer(layer)
-    bitbake(tmp_path / "fill", bitbakes["stock"], oecores["stock"], layer, None, "nq-all")
-    files = tmp_path / "fill" / "sstate"
+def test_real_classes(trees, serve_nginx, tmp_path):
+    with OEBuild(tmp_path / "fill", trees["stock"], objects=RECIPES, threads=8) as build:
+        restore(build, "demo-all")
+        assert len(build.archives()) == RECIPES
+    files = build.sstate
     server = serve_nginx(files)
     outputs, summaries, left, counters = {}, {}, {}, {}
     for name in ("stock", "patched", "limited"):
         server.reset()
-        folder = tmp_path / name
-        tree = "stock" if name == "stock" else "patched"
-        result = bitbake(folder, bitbakes[tree], oecores[tree], layer, server, "--setscene-only", "nq-all",
-                         conf=LIMITED if name == "limited" else "")
+        with OEBuild(tmp_path / name, trees["stock" if name == "stock" else "patched"], objects=RECIPES, threads=8,
+                     mirror=server, extra_conf=LIMITED if name == "limited" else "") as build:
+            result = restore(build, "--setscene-only", "demo-all")
+        assert len(build.restored()) == RECIPES
         outputs[name] = result.output
         counters[name] = server.counters()
         summaries[name] = re.findall(r"^(?:.*\.\.\.)?(Sstate summary: .*)$", result.output, re.MULTILINE)
         # The class touches what it unpacks. Stock's query makes folders, with another mode than its tasks.
-        left[name] = {path: (entry.mode, entry.digest) for path, entry in snapshot(folder / "sstate").items()
+        left[name] = {path: (entry.mode, entry.digest) for path, entry in snapshot(build.sstate).items()
                       if entry.digest}
     assert len(summaries["stock"]) == 1 and "Missed 0" in summaries["stock"][0]
-    assert len(left["stock"]) > RECIPES
+    assert len(left["stock"]) == 2 * RECIPES
     assert counters["stock"].connections > 3 * RECIPES
     for name in ("patched", "limited"):
         assert summaries[name] == summaries["stock"]

@@ -1,0 +1,166 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""Builds with the classes of openembedded-core, of recipes that need no compiler, no source and no other recipe.
+
+`scripts/bench build --real-classes` and the tests of checkouts call this. The
+user's checkouts are cloned at the pinned commit and not written to.
+
+    trees = {"stock": clones(folder, sources_of_environment(), patched=False), ...}
+    with OEBuild(folder, trees["stock"], objects=30) as build:      # otherwise as Build of layer.py
+        build.run(["demo-all"])
+"""
+
+import os
+import re
+from pathlib import Path
+
+from netqueue import Problem, checkout
+from netqueue.git import git, git_ok
+from netqueue.layer import HEADER, Build
+from netqueue.series import load_bases, patch_files
+from netqueue.trees import checkout as bitbake_tree
+
+BASE = "master"
+VARIABLES = {"bitbake": "BITBAKEDIR", "openembedded-core": "OECOREDIR"}
+MACHINE = "qemux86-64"
+
+CLASS = """
+# A recipe with one sstate object
+LICENSE = "MIT"
+SUMMARY = "${PN}"
+INHIBIT_DEFAULT_DEPS = "1"
+PATCHDEPENDENCY = ""
+inherit deploy nopackages
+do_populate_lic[noexec] = "1"
+do_compile() {
+    head -c ${DEMO_SIZE} /dev/urandom > ${B}/blob
+}
+do_deploy() {
+    install -m 0644 ${B}/blob ${DEPLOYDIR}/${PN}.blob
+}
+addtask deploy after do_compile
+deltask do_populate_sysroot
+deltask do_recipe_qa
+deltask do_deploy_source_date_epoch
+python () {
+    for task in bb.build.listtasks(d):
+        d.setVarFlag(task, "depends", "")
+        d.delVarFlag(task, "fakeroot")
+}
+"""
+
+ALL = """
+LICENSE = "MIT"
+INHIBIT_DEFAULT_DEPS = "1"
+inherit nopackages
+deltask do_populate_sysroot
+deltask do_install
+deltask do_patch
+deltask do_unpack
+deltask do_populate_lic
+deltask do_recipe_qa
+deltask do_deploy_source_date_epoch
+do_build[depends] = "%s"
+"""
+
+CONF = """
+MACHINE = "%(machine)s"
+DISTRO = "nodistro"
+INHERIT:remove = "sanity uninative create-spdx"
+PACKAGE_CLASSES = "package_ipk"
+BB_HASHSERVE = ""
+BB_SIGNATURE_HANDLER = "OEBasicHash"
+BBMASK = "%(oecore)s/meta/recipes-"
+CONNECTIVITY_CHECK_URIS = ""
+PATCHDEPENDENCY = ""
+WARN_QA:remove = "license-format"
+ASSUME_PROVIDED += "virtual/fakeroot-native quilt-native pseudo-native patch-replacement-native"
+TMPDIR = "${TOPDIR}/tmp"
+CACHE = "${TOPDIR}/cache"
+SSTATE_DIR = "${TOPDIR}/sstate"
+DL_DIR = "${TOPDIR}/downloads"
+"""
+
+LAYER = """
+BBPATH .= ":${LAYERDIR}"
+BBFILES += "${LAYERDIR}/recipes/*.bb"
+BBFILE_COLLECTIONS += "demo"
+BBFILE_PATTERN_demo = "^${LAYERDIR}/"
+LAYERSERIES_COMPAT_demo = "%s"
+"""
+
+
+class MissingPrograms(Problem):
+    """openembedded-core needs programs that this machine does not have"""
+
+
+def sources_of_environment():
+    """{part: the checkout that its variable names}. Raises Problem if one is missing."""
+    sources = {}
+    for part, variable in VARIABLES.items():
+        if not os.environ.get(variable):
+            raise Problem("%s is not set: it names a git checkout of %s" % (variable, part))
+        sources[part] = Path(os.environ[variable]).resolve()
+    return sources
+
+
+def clone(source, target, part):
+    """A clone of a checkout at the pinned commit, which borrows its objects. Raises Problem."""
+    pin = load_bases()[BASE][part]["commit"]
+    if not git_ok(source, "cat-file", "-e", pin + "^{commit}"):
+        raise Problem("%s is no git checkout of %s that has the commit %s" % (source, part, pin))
+    git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(target))
+    git(target, "checkout", "--quiet", "-b", "base", pin)
+    return target
+
+
+def clones(folder, sources, patched):
+    """A Tree with clones of sources below folder, and the series on them if patched."""
+    folder.mkdir()
+    paths = {part: clone(source, folder / part, part) for part, source in sources.items()}
+    for part, path in paths.items():
+        if patched and patch_files(BASE, part):
+            checkout.change(checkout.find_targets(path), reverse=False, dry_run=False)
+    tree = bitbake_tree(paths["bitbake"])
+    tree.oecore = paths.get("openembedded-core")
+    return tree
+
+
+class OEBuild(Build):
+    """As Build, of trees that clones() has returned."""
+
+    def write(self):
+        for name, text in {"conf/layer.conf": LAYER % " ".join(load_bases()[BASE]["openembedded-core"]["series"]),
+                           "classes/demo.bbclass": CLASS}.items():
+            self._write(self.layer / name, text)
+        for name, text in self._recipe_texts().items():
+            self._write(self.layer / "recipes" / name, text)
+        self.home.mkdir(exist_ok=True)
+        self._write(self.directory / "conf" / "bblayers.conf", 'BBPATH = "${TOPDIR}"\nBBFILES = ""\nBBLAYERS = "%s/meta %s"\n' %
+                    (self.tree.oecore, self.layer))
+        conf = CONF % {"machine": MACHINE, "oecore": self.tree.oecore}
+        (self.directory / "conf" / "local.conf").write_text(self._local_conf() + conf + self.extra_conf + "\n")
+
+    @staticmethod
+    def _write(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(HEADER + text)
+
+    def _recipe_texts(self):
+        texts = {name + ".bb": 'DEMO_SIZE = "%d"\ninherit demo\n' % size for name, size in self.sizes.items()}
+        texts["demo-all.bb"] = ALL % " ".join(name + ":do_deploy" for name in self.sizes)
+        return texts
+
+    def run(self, arguments, timeout=600, progress=None):
+        """As Build.run(). Raises MissingPrograms, too."""
+        result = super().run(arguments, timeout, progress)
+        missing = re.search(r"specified by HOSTTOOLS\) appear to be unavailable.*\n(.*)", result.output)
+        if missing:
+            raise MissingPrograms("openembedded-core needs programs that are missing: %s" % missing.group(1).strip())
+        return result
+
+    def restored(self, multiconfig="default"):
+        """Names of the recipes whose object was restored and has its length."""
+        deployed = self.tmp / "deploy" / "images" / MACHINE
+        return [name for name, size in self.sizes.items()
+                if (deployed / (name + ".blob")).is_file() and (deployed / (name + ".blob")).stat().st_size == size]
