@@ -18,9 +18,8 @@ BB_SETSCENE_PREFETCH is how many objects may have been fetched, or be under way,
 that no task has taken yet. A task that could be started now gets its object
 even so.
 
-The runqueue's thread owns all state and calls everything here, but for one
-function that is marked: it passes on the answers of the pool, and wakes the
-runqueue up.
+The runqueue's thread owns all state and calls everything here, but for what is
+marked: that passes on the answers of the pool, and wakes the runqueue up.
 
     prefetch = Prefetch(rqexe, connections, presence)
     ...
@@ -40,7 +39,7 @@ import time
 import bb
 import bb.fetch2
 from bb.connections import ConnectError, RefusedError, client
-from bb.connections.request import Request, last_modified
+from bb.connections.request import MISSING, Request, last_modified
 
 logger = logging.getLogger("BitBake.RunQueue")
 
@@ -104,8 +103,11 @@ class Prefetch:
         self._hurried = []
         # {tid: files} that were tried, so that another name is another object
         self._tried = {}
-        # Those which come next, whether that is to be found out (again), and not before when
-        self._order = collections.deque()
+        # Those which got a second chance since the mirror was gone
+        self._retried = set()
+        # {origin of the mirror: (number, tid) of those which come next}, whether that is to be found out (again), and
+        # not before when
+        self._order = {}
         self._stale = True
         self._again_at = 0
         self._started = None
@@ -145,9 +147,22 @@ class Prefetch:
     # In the runqueue's thread
 
     def process(self):
-        """Take what has arrived, and ask for more. Does not block, but for the disk."""
+        """
+        Take what has arrived, and ask for more. Does not wait for the network; to find out what comes next,
+        and the disk, may take some time.
+        """
         if not self._window:
             return
+        try:
+            self._process()
+        except bb.BBHandledException:
+            raise
+        except Exception as e:
+            logger.debug("Fetching sstate objects ahead failed", exc_info=True)
+            logger.warning("Fetching sstate objects ahead of their tasks failed, they do it themselves: %r" % e)
+            self.stop()
+
+    def _process(self):
         # It may end at any time, and says so to whoever asks it for something then
         memory = self._connections.memory
         if memory is None:
@@ -174,10 +189,9 @@ class Prefetch:
         memory.submit(*first, first=True)
         hurried, self._hurried = self._hurried, []
         memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
-        # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
-        while starts and self._has_room() and len(self._ahead) < self._window and memory.well():
+        while starts and self._has_room() and len(self._ahead) < self._window:
             starts -= 1
-            tid = self._following()
+            tid = self._following(memory)
             if tid is None:
                 break
             later += self._start(tid)
@@ -210,7 +224,8 @@ class Prefetch:
         self._looked_at = now
         for transfer in list(self._under_way.values()):
             received = sum(request.received for request in transfer.requests.values())
-            if received != transfer.received:
+            if received != transfer.received or not any(request.sent for request in transfer.requests.values()):
+                # Or it waits behind others
                 transfer.received, transfer.heard = received, now
             elif now - transfer.heard > STALLED:
                 self._give_up(transfer, "nothing arrives for %s seconds" % STALLED)
@@ -257,16 +272,20 @@ class Prefetch:
             wakeup, waker, self._wakeup, self._waker = self._wakeup, self._waker, None, None
             self._connections.close_kept(wakeup, waker)
 
-    def _following(self):
+    def _following(self, memory):
         """The next task to fetch for, or None"""
         now = time.monotonic()
         if self._stale and now >= self._again_at:
-            self._order = collections.deque(tid for tid in order(self._rqexe) if self._fetchable(tid))
+            self._order = {}
+            for number, tid in enumerate(filter(self._fetchable, order(self._rqexe))):
+                self._order.setdefault(self._presence.files_of(tid).origin, collections.deque()).append((number, tid))
             self._stale = False
             # With thousands of tasks of which many fail it is not worth a large part of the time
             self._again_at = time.monotonic() + ORDER_SHARE * (time.monotonic() - now)
-        while self._order:
-            tid = self._order.popleft()
+        # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
+        queues = [queue for origin, queue in self._order.items() if memory.well(origin)]
+        while any(queues):
+            _, tid = min(filter(None, queues), key=lambda queue: queue[0]).popleft()
             if self._fetchable(tid):
                 return tid
         return None
@@ -338,11 +357,11 @@ class Prefetch:
                 error = e
         elif response is not None:
             error = "status %s" % response.status
-        if name != transfer.files.names[0]:
-            # There need not be each of the files that belong to an object, and the task goes on without as well
-            logger.debug2("No %s: %s", name, error)
-            return
-        transfer.error = error
+            if response.status in MISSING and name != transfer.files.names[0]:
+                # There need not be each of the files that belong to an object, and the task goes on without as well
+                logger.debug2("No %s: %s", name, error)
+                return
+        transfer.error = transfer.error or error
 
     def _finish(self, transfer):
         """All of the files of an object were answered: install them, the object as the last"""
@@ -354,8 +373,10 @@ class Prefetch:
             except OSError as e:
                 transfer.error = e
         if transfer.error:
-            if isinstance(transfer.error, (ConnectError, RefusedError)) and transfer.tid not in self.awaited:
+            if (isinstance(transfer.error, (ConnectError, RefusedError)) and transfer.tid not in self.awaited and
+                    transfer.tid not in self._retried):
                 # It may be tried again when the mirror is there again
+                self._retried.add(transfer.tid)
                 del self._tried[transfer.tid]
                 self._stale = True
             self._give_up(transfer, transfer.error)
@@ -404,21 +425,24 @@ class Prefetch:
         ended = not self._under_way and not self._order
         if not self.objects or not ended and now - self._told_at < PROGRESS or ended and self._told == (self.objects, self.objects):
             return
-        left = [files.size or 0 for files in map(self._presence.files_of, self._left()) if files]
+        self._told_at = now
+        left = [transfer.files.size or 0 for transfer in self._under_way.values()]
+        for origin, queue in list(self._order.items()):
+            # Their tasks may have been started meanwhile
+            queue = self._order[origin] = collections.deque(one for one in queue if self._fetchable(one[1]))
+            left += [self._presence.files_of(tid).size or 0 for _, tid in queue]
+            if not queue:
+                del self._order[origin]
         told = (self.objects, self.objects + len(left))
         if told != self._told:
-            self._told_at, self._told = now, told
+            self._told = told
             bb.event.fire(bb.event.SstateFetchProgress(*told, self.bytes, self.bytes + sum(left), now - self._started),
                           self._rqexe.cfgData)
-
-    def _left(self):
-        """The tasks whose objects are under way, or to come"""
-        return list(self._under_way) + list(self._order)
 
 
 def make_directories(path, umask):
     """As os.makedirs() with that umask, which belongs to the process and cannot be set here"""
-    if os.path.isdir(path):
+    if not path or os.path.isdir(path):
         return
     make_directories(os.path.dirname(path), umask)
     try:

@@ -56,7 +56,7 @@ class Presence:
         self._connections = connections
         self._local = {}
         self._usual = {}
-        # {tid: (Locations, place, size)} of what was found over the shared connections
+        # {tid: (Locations, place, origin, size)} of what was found over the shared connections
         self._places = {}
         # {tid: Files}: what can be fetched ahead
         self.files = {}
@@ -110,7 +110,7 @@ class Presence:
             sizes = query.run(objects, progress.update)
             self._report(query.silent())
             if not siginfo:
-                self._places.update((tid, (query.locations, place, sizes[tid])) for tid, place in query.places.items())
+                self._places.update((tid, (query.locations, *place, sizes[tid])) for tid, place in query.places.items())
             return sizes
         except bb.BBHandledException:
             raise
@@ -131,12 +131,12 @@ class Presence:
         are left out.
         """
         for tid, names in files.items():
-            locations, place, size = self._places.pop(tid, (None, None, None))
+            locations, place, origin, size = self._places.pop(tid, (None, None, None, None))
             old = self.files.get(tid)
-            if old and old.unihash == self._unihash(tid) and old.names == names:
+            if old and (old.unihash, old.names, old.needed) == (self._unihash(tid), names, needed):
                 continue
             if locations is not None and self._as_usual(tid):
-                self.files[tid] = Files(names, needed, size, self._unihash(tid), umask, locations, place)
+                self.files[tid] = Files(names, needed, size, self._unihash(tid), umask, locations, place, origin)
 
     def files_of(self, tid):
         """The Files of tid's object with its current hash, or None"""
@@ -216,9 +216,9 @@ class Files:
     What can be fetched ahead for a task: names of files below directory. Compared by identity: if the
     task's hash changes there is another one.
     """
-    __slots__ = ("names", "needed", "size", "unihash", "umask", "_locations", "_place")
+    __slots__ = ("names", "needed", "size", "unihash", "umask", "origin", "_locations", "_place")
 
-    def __init__(self, names, needed, size, unihash, umask, locations, place):
+    def __init__(self, names, needed, size, unihash, umask, locations, place, origin):
         self.names = names
         # With how many of them the task fetches nothing
         self.needed = needed
@@ -228,6 +228,8 @@ class Files:
         self.umask = umask
         self._locations = locations
         self._place = place
+        # Of the mirror
+        self.origin = origin
 
     @property
     def directory(self):

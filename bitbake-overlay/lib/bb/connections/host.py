@@ -27,6 +27,7 @@ pool.py uses Host.
 """
 
 import collections
+import itertools
 import random
 import threading
 import time
@@ -120,10 +121,21 @@ class Host:
             waiting = [request for request in requests if request in self._queue]
             for request in waiting:
                 self._queue.remove(request)
-            self._queue.extendleft(reversed(waiting))
+                request.first = True
+            self._insert(waiting)
 
-    def submit(self, requests, first=False):
-        """Queue requests, at the front if first. Those which cannot be hear it at once."""
+    def _insert(self, requests):
+        """Called with the condition held. Queue requests behind those which come first before all others."""
+        place = sum(1 for _ in itertools.takewhile(lambda request: request.first, self._queue))
+        self._queue.rotate(-place)
+        self._queue.extendleft(reversed(requests))
+        self._queue.rotate(place)
+
+    def submit(self, requests, again=False):
+        """
+        Queue requests, which are all first or none. If they were queued before they come before all others again.
+        Those which cannot be hear it at once.
+        """
         error = None
         thread = None
         with self._cond:
@@ -132,14 +144,17 @@ class Host:
             elif self._broken and time.monotonic() < self._pause_until:
                 error = self._broken
             else:
-                if first:
+                if again:
                     self._queue.extendleft(reversed(requests))
+                elif requests[0].first:
+                    self._insert(requests)
                 else:
                     self._queue.extend(requests)
                 thread = self._grow()
                 self._cond.notify(len(requests))
                 if not self._threads:
-                    error = ConnectError("%s: there are connections to too many hosts" % self.origin.host, retryable=False)
+                    # Not the host's fault
+                    error = ConnectionCacheError("%s: there are connections to too many hosts" % self.origin.host)
                     requests = list(self._queue)
                     self._queue.clear()
         if error:
@@ -499,7 +514,7 @@ class Host:
                 self._pipelining.end(outcome)
             if not answers:
                 self._be_idle()
-                self.submit(requests, True)
+                self.submit(requests, again=True)
         self._answered(judged(answers))
         if outcome in ("fails", "broke") or connection.in_flight:
             self._drop(connection)
@@ -518,7 +533,7 @@ class Host:
         unanswered = list(connection.in_flight)
         self._drop(connection)
         self._be_idle()
-        self.submit(unanswered, True)
+        self.submit(unanswered, again=True)
 
     def _lost(self, connection, error):
         """The connection is broken. What was not answered is asked again; the first of it may be the reason."""
@@ -532,12 +547,12 @@ class Host:
         if isinstance(error, Disconnected):
             if served:
                 # A server may end a connection at any time (RFC 9112 9.5), that is no failure
-                self.submit(unanswered, True)
+                self.submit(unanswered, again=True)
                 return
             # How those with a limit of connections refuse which do not get as far as 503
             error = RefusedError(str(error))
         if unanswered:
-            self.submit(unanswered[1:], True)
+            self.submit(unanswered[1:], again=True)
             self._failed(unanswered[0], error, unanswered[0].sent)
 
     def _failed(self, request, error, started):
@@ -565,7 +580,7 @@ class Host:
             pass
         elif error.retryable and request.attempts < attempts and not request.cancelled:
             self.statistics.count(retries=1)
-            self.submit([request], True)
+            self.submit([request], again=True)
         else:
             victims.append(request)
         for victim in victims:
@@ -613,7 +628,7 @@ class Host:
         if request.method == "HEAD" and response.status in HEAD_REFUSED and self._class.trial:
             # Some say that of HEAD only, as fetch2/wget.py knows
             request.method = "GET"
-            self.submit([request], True)
+            self.submit([request], again=True)
             return
         if request.method == "GET" and request.fd is None:
             response = of_whole_file(response)

@@ -53,7 +53,7 @@ class Memory:
         """As Pool.hurry()"""
         self._pool.hurry(*requests)
 
-    def well(self, origin=None):
+    def well(self, origin):
         """As Pool.well()"""
         return self._pool.well(origin)
 

@@ -56,9 +56,13 @@ class Pool:
         self._yielded = 0
 
     def submit(self, *requests, first=False):
-        """Queue requests, before all others if first. Does not block, unless in the done of a request that fails at once."""
+        """
+        Queue requests, if first before all that are not first. Does not block, unless in the done of a request
+        that fails at once.
+        """
         by_origin = {}
         for request in requests:
+            request.first = request.first or first
             by_origin.setdefault(request.origin, []).append(request)
         for origin, group in by_origin.items():
             with self._lock:
@@ -66,7 +70,7 @@ class Pool:
                 if host is None and not self._stopped:
                     host = self._hosts[origin] = Host(self, origin)
             if host:
-                host.submit(group, first)
+                host.submit(group)
             else:
                 for request in group:
                     finish(request, None, Cancelled("the build has ended"))
@@ -105,11 +109,11 @@ class Pool:
         deadline = time.monotonic() + timeout
         return all([host.join(deadline) for host in hosts])
 
-    def well(self, origin=None):
-        """Whether the last that was heard of a host, or of each of them, is an answer, or nothing is known of it"""
+    def well(self, origin):
+        """Whether the last that was heard of a host is an answer, or nothing is known of it"""
         with self._lock:
-            hosts = [self._hosts.get(origin)] if origin else list(self._hosts.values())
-        return all(host is None or host.well for host in hosts)
+            host = self._hosts.get(origin)
+        return host is None or host.well
 
     def give_way(self):
         """

@@ -72,7 +72,7 @@ class Request:
     one that submits. Raises ValueError if url is not one that can be asked for here.
     """
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "size", "done", "cancelled", "attempts",
-                 "answers", "redirects", "received", "sent", "url", "origin", "target", "route")
+                 "answers", "first", "redirects", "received", "sent", "url", "origin", "target", "route")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, size=None, done=None):
         self.method = method
@@ -83,10 +83,12 @@ class Request:
         self.size = size
         self.done = done
         self.cancelled = False
-        # The pool's: failures, how many answers its host had given at the last, and when it was last sent
+        # The pool's: failures, how many answers its host had given at the last, when it was last sent, and
+        # whether it comes before others
         self.attempts = 0
         self.answers = 0
         self.sent = 0
+        self.first = False
         self.redirects = 0
         # Bytes of the body so far, for whoever wants to show progress
         self.received = 0

@@ -239,6 +239,7 @@ class Connections:
                 if time.monotonic() >= due:
                     due = time.monotonic() + protocol.PROGRESS_SECONDS
                     self._send_progress()
+                    self._listen()
         except Exception as e:
             serverlog("end because of %r" % e)
         finally:
@@ -258,7 +259,7 @@ class Connections:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as e:
-            # No more descriptors, for example: the next peer that leaves lets others in
+            # No more descriptors, for example: it is tried again later
             serverlog("cannot accept: %s" % e)
             self._selector.unregister(listener)
             self._listening = False
@@ -366,7 +367,8 @@ class Connections:
     def _submit(self, request):
         memory = self.memory
         if memory:
-            memory.submit(request)
+            # What is fetched ahead can wait
+            memory.submit(request, first=True)
         else:
             request.done(request, None, Cancelled("the build has ended"))
 

@@ -375,6 +375,20 @@ class HurryTest(ConnectionsTest):
         self.assertEqual(asked, [0, 4, 2, 1, 3, 5])
 
 
+    def test_who_is_awaited_longer_comes_first(self):
+        """What is first stays in its order, before all others"""
+        requests = [Request("HEAD", "http://127.0.0.1/%s" % n, {}) for n in range(6)]
+        queue = host.Host(pool.Pool(1), requests[0].origin)
+        with unittest.mock.patch.object(queue, "_grow", return_value=None), unittest.mock.patch.object(queue, "_threads", {1}):
+            queue.submit(requests[:2])
+            requests[2].first = requests[3].first = requests[4].first = True
+            queue.submit(requests[2:3])
+            queue.submit(requests[3:5])
+            queue.hurry(requests[1:2])
+            queue.submit(requests[5:])
+        self.assertEqual([request.target for request in queue._queue], ["/2", "/3", "/4", "/1", "/0", "/5"])
+
+
 class PipeliningTest(PoolTest):
     """What the pool does must not depend on how many requests are under way"""
     DEPTH = 16

@@ -31,6 +31,7 @@ class Files:
         name = "ab/%s-%s" % (tid, number)
         self.names = (name, name + ".siginfo")
         self.needed = 1
+        self.origin = "mirror.example"
         self.size = 5
         self.umask = 0o002
 
@@ -45,6 +46,7 @@ class Connections:
         self.settings = types.SimpleNamespace(prefetch=window)
         self.memory = self
         self.healthy = True
+        self.gone = set()
         self.open = set()
         self.asked = []
 
@@ -57,8 +59,8 @@ class Connections:
     def give_way(self):
         pass
 
-    def well(self):
-        return self.healthy
+    def well(self, origin):
+        return self.healthy and origin not in self.gone
 
     def keep_from_children(self, *fds):
         self.open.update(fds)
@@ -291,6 +293,22 @@ class PrefetchTest(unittest.TestCase):
         self.prefetch._again_at = 0
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["a", "b"])
+        # It cannot be the mirror alone
+        while self.connections.asked:
+            self.connections.answer(error=ConnectError("gone"))
+        self.prefetch._again_at = 0
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["c", "d"])
+
+    def test_one_of_two_mirrors_is_gone(self):
+        self.make(self.chain, window=4)
+        self.files["a"].origin = self.files["c"].origin = "other.example"
+        self.connections.gone.add("other.example")
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["b", "d", "e"])
+        self.connections.gone.clear()
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["b", "d", "e", "a"])
 
     def test_descriptors(self):
         """Those of requests that were given up are open until the pool has looked at them"""
@@ -325,7 +343,30 @@ class PrefetchTest(unittest.TestCase):
         self.prefetch.awaits("a")
         with unittest.mock.patch.object(prefetch, "STALLED", -1), unittest.mock.patch.object(prefetch, "LOOK_EACH", 0):
             self.prefetch.process()
+            # It may be that others are as large
+            self.assertTrue(self.prefetch.awaits("a"))
+            self.connections.asked[0].sent = 1
+            self.prefetch.process()
         self.assertFalse(self.prefetch.awaits("a"))
+
+    def test_fault_of_ours(self):
+        """It is told once, and the tasks fetch themselves"""
+        self.make(self.chain)
+        self.prefetch.process()
+        self.connections.answer()
+        with unittest.mock.patch.object(self.prefetch, "_forget", side_effect=AttributeError), \
+                self.assertLogs("BitBake", "WARNING") as logs:
+            self.prefetch.process()
+            self.prefetch.process()
+        self.assertEqual(len(logs.output), 1)
+        self.assertFalse(self.prefetch.awaits("a"))
+
+    def test_relative_directory(self):
+        directory = os.getcwd()
+        self.addCleanup(os.chdir, directory)
+        os.chdir(self.tempdir)
+        prefetch.make_directories("new/ab", 0o002)
+        self.assertTrue(os.path.isdir(self.tempdir + "/new/ab"))
 
     def test_failures(self):
         """Whatever it is, nothing is left, and the task is started and does what it always did"""
@@ -338,8 +379,9 @@ class PrefetchTest(unittest.TestCase):
                     self.connections.answer(self.connections.asked[other], **answer)
                     self.connections.answer()
                     self.prefetch.process()
-                    # The siginfo does not matter
-                    self.assertEqual((self.names(), self.local), (["ab/a-0"], ["a"]) if other else ([], []))
+                    # There need not be a siginfo. One that is there is not to be lost.
+                    without = other and "status" in answer and answer["status"] == 404
+                    self.assertEqual((self.names(), self.local), (["ab/a-0"], ["a"]) if without else ([], []))
                     self.assertFalse(self.prefetch.awaits("a"))
                     self.close()
                     shutil.rmtree(self.tempdir + "/ab")
@@ -415,6 +457,20 @@ class PrefetchTest(unittest.TestCase):
         event = self.fire.call_args[0][0]
         self.assertIsInstance(event, bb.event.SstateFetchProgress)
         self.assertEqual((event.objects, event.total, event.size, event.total_size), (1, 1, 5, 5))
+
+    def test_progress_ends_with_the_tasks(self):
+        """Also with those whose objects were not fetched because the mirror was gone"""
+        self.make({tid: set() for tid in "abcd"}, window=1)
+        self.prefetch.process()
+        self.connections.answer()
+        self.connections.answer()
+        self.connections.healthy = False
+        self.prefetch.process()
+        self.queue.sq_running.update("abcd")
+        with unittest.mock.patch.object(prefetch, "PROGRESS", -1):
+            self.prefetch.process()
+        events = [call[0][0] for call in self.fire.call_args_list]
+        self.assertEqual([(event.objects, event.total) for event in events], [(1, 4), (1, 1)])
 
     def test_another_hash_before_the_answer_is_taken(self):
         self.make({"a": set()})

@@ -180,7 +180,7 @@ class FilesTest(PresenceTest):
     """What is fetched ahead"""
 
     def files(self, place):
-        return Files(["a.tar.zst", "a.tar.zst.siginfo"], 1, 1, "hash", 0o022, Locations(self.d), place)
+        return Files(["a.tar.zst", "a.tar.zst.siginfo"], 1, 1, "hash", 0o022, Locations(self.d), place, None)
 
     def test_mirror_of_the_object_alone(self):
         self.mirrors(r"file://.*\.tar\.zst$ http://one.invalid/PATH;downloadfilename=PATH")
