@@ -8,10 +8,9 @@ import types
 
 import pytest
 
-from bb.connections import (Cancelled, ConnectError, ConnectionCacheError, Disconnected, ProtocolError, RefusedError,
-                            StatusError, TimedOutError)
+from bb.connections import (Cancelled, ConnectError, Disconnected, ProtocolError, RefusedError, StatusError,
+                            TimedOutError)
 from bb.connections import host as host_module
-from bb.connections import pool as pool_module
 from bb.connections.request import Response
 from bb.connections.host import ATTEMPTS, TIMEOUT_ATTEMPTS
 from bb.connections.pool import Pool
@@ -130,17 +129,6 @@ def test_what_an_answer_leads_to_needs_no_further_connection(pool, mirror):
     pool.submit(asked[0].request)
     assert [one.status() for one in asked] == [200] * 10
     assert mirror.made == 1
-
-
-def test_too_many_hosts(pool, mirror, monkeypatch):
-    """That is no trouble of the host: a query does not take its objects for missing then"""
-    monkeypatch.setattr(pool_module, "MAX_CONNECTIONS", 1)
-    one, other = Asked("HEAD", URL), Asked("HEAD", "http://other.example/x")
-    pool.submit(one.request)
-    assert one.status() == 200
-    pool.submit(other.request)
-    assert type(other.error()) is ConnectionCacheError
-    assert pool.troubles() == []
 
 
 def test_order_of_a_queue_is_kept(pool, mirror):
