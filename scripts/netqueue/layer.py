@@ -84,12 +84,15 @@ class Build:
         shutil.copy(demo_objects.__file__, self.layer / "lib" / "netqueue_objects.py")
         for name, text in {**self._recipe_texts(), **self.recipes}.items():
             (self.layer / "recipes" / name).write_text(text)
+        self._write_conf(self.layer)
+        for name, text in self.multiconfigs.items():
+            (self.directory / "conf" / "multiconfig" / (name + ".conf")).write_text(HEADER + text)
+
+    def _write_conf(self, *layers):
         conf = self.directory / "conf"
         (conf / "bblayers.conf").write_text(
-            HEADER + 'BBPATH = "${TOPDIR}"\nBBFILES = ""\nBBLAYERS = "%s"\n' % self.layer)
+            HEADER + 'BBPATH = "${TOPDIR}"\nBBFILES = ""\nBBLAYERS = "%s"\n' % " ".join(map(str, layers)))
         (conf / "local.conf").write_text(self._local_conf() + self.extra_conf + "\n")
-        for name, text in self.multiconfigs.items():
-            (conf / "multiconfig" / (name + ".conf")).write_text(HEADER + text)
 
     def _local_conf(self):
         lines = ['BB_NUMBER_THREADS = "%s"' % self.threads]

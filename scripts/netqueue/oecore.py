@@ -135,11 +135,12 @@ class OEBuild(Build):
             self._write(self.layer / name, text)
         for name, text in self._recipe_texts().items():
             self._write(self.layer / "recipes" / name, text)
-        self.home.mkdir(exist_ok=True)
-        self._write(self.directory / "conf" / "bblayers.conf", 'BBPATH = "${TOPDIR}"\nBBFILES = ""\nBBLAYERS = "%s/meta %s"\n' %
-                    (self.tree.oecore, self.layer))
-        conf = CONF % {"machine": MACHINE, "oecore": self.tree.oecore}
-        (self.directory / "conf" / "local.conf").write_text(self._local_conf() + conf + self.extra_conf + "\n")
+        for folder in (self.home, self.directory / "conf"):
+            folder.mkdir(exist_ok=True)
+        self._write_conf(self.tree.oecore / "meta", self.layer)
+
+    def _local_conf(self):
+        return super()._local_conf() + CONF % {"machine": MACHINE, "oecore": self.tree.oecore}
 
     @staticmethod
     def _write(path, text):
