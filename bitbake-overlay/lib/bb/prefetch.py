@@ -47,9 +47,10 @@ logger = logging.getLogger("BitBake.RunQueue")
 MAX_UNDER_WAY = 48
 MAX_OPEN = 144
 # Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
-# tasks whose objects are there should not wait for those of many others
+# tasks whose objects are there should not wait for those of many others. Of what nobody waits for, as many as that
+# are taken together, and asked for together: each time, threads have to be woken up.
 ANSWERS_EACH = 8
-STARTS_EACH = 4
+STARTS_EACH = 8
 # Seconds after which an object of which nothing more arrives is given up, whatever the connections say, and how
 # often that is looked at
 STALLED = 900
@@ -64,7 +65,8 @@ class Transfer:
     """
     The files of an object that are under way. temporary is {name: its temporary path}, requests those
     which have no answer yet, found the names which are complete. received and heard tell how many bytes had
-    arrived when that was last looked at, and when it had last changed. hurried tells that a task waits for it.
+    arrived when that was last looked at, and when it had last changed. hurried tells that a task waits for it,
+    and that its requests come first.
     """
     def __init__(self, tid, files):
         self.tid = tid
@@ -110,6 +112,8 @@ class Prefetch:
         self._order = {}
         self._stale = True
         self._again_at = 0
+        # Whether there was room for many, and may still be for one
+        self._filling = False
         self._started = None
         self._open = 0
         # Of the last progress event, and of the last look for what has stalled
@@ -135,7 +139,9 @@ class Prefetch:
 
     def _done(self, transfer, name, request, response, error):
         self._answers.append((transfer, name, response, error))
-        self._wake()
+        # Others come later, unless it is the last
+        if transfer.hurried or len(self._answers) >= min(ANSWERS_EACH, self._open):
+            self._wake()
 
     def _wake(self):
         try:
@@ -189,7 +195,9 @@ class Prefetch:
         memory.submit(*first, first=True)
         hurried, self._hurried = self._hurried, []
         memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
-        while starts and self._has_room() and len(self._ahead) < self._window:
+        room = min(self._window - len(self._ahead), MAX_UNDER_WAY - len(self._under_way))
+        self._filling = room >= min(STARTS_EACH, self._window // 8) or self._filling and room > 0
+        while starts and self._filling and self._has_room() and len(self._ahead) < self._window:
             starts -= 1
             tid = self._following(memory)
             if tid is None:
@@ -311,7 +319,8 @@ class Prefetch:
             self.awaited.discard(tid)
             self._close(transfer)
             return []
-        logger.debug2("Fetching %s for %s", "now" if tid in self.awaited else "ahead", tid)
+        transfer.hurried = tid in self.awaited
+        logger.debug2("Fetching %s for %s", "now" if transfer.hurried else "ahead", tid)
         self._under_way[tid] = transfer
         self._ahead.add(tid)
         return requests

@@ -168,10 +168,10 @@ class Presence:
     def _report(self, hosts):
         """Tell, once for each host, of the requests that remained without an answer"""
         for host in hosts:
-            self._connections.told.add(host.name)
+            self._connections.told.add(host.origin.host)
             consequence = "their tasks will try" if host.alive else "taken as missing"
-            self._warn(host.name, "Sstate mirror %s did not answer for %d of %d objects, %s: %s" %
-                       (host.name, host.unanswered, host.asked, consequence, host.reason))
+            self._warn(host.origin.host, "Sstate mirror %s did not answer for %d of %d objects, %s: %s" %
+                       (host.origin.host, host.unanswered, host.asked, consequence, host.reason))
 
     def _warn(self, topic, text):
         if topic not in self._told:

@@ -78,7 +78,6 @@ class Host:
 
     def __init__(self, origin):
         self.origin = origin
-        self.name = origin.host
         self.asked = self.unanswered = 0
         self.reason = None
         # Whether it can be thought to answer later: it has answered something, if only by refusing

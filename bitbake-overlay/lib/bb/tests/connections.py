@@ -374,7 +374,6 @@ class HurryTest(ConnectionsTest):
                 self.assertTrue(answered.acquire(timeout=30))
         self.assertEqual(asked, [0, 4, 2, 1, 3, 5])
 
-
     def test_who_is_awaited_longer_comes_first(self):
         """What is first stays in its order, before all others"""
         requests = [Request("HEAD", "http://127.0.0.1/%s" % n, {}) for n in range(6)]

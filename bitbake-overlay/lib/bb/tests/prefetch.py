@@ -8,6 +8,7 @@
 
 import os
 import random
+import select
 import shutil
 import stat
 import tempfile
@@ -209,6 +210,46 @@ class PrefetchTest(unittest.TestCase):
         self.queue.sq_running.add("a")
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["c"])
+
+    def test_room_for_many(self):
+        """One by one would wake the connections' threads up for each"""
+        self.make({"t%02d" % n: set() for n in range(40)}, window=24)
+        for _ in range(3):
+            self.prefetch.process()
+        self.assertEqual(len(self.connections.tids()), 24)
+        while self.connections.asked:
+            self.connections.answer()
+        for _ in range(6):
+            self.prefetch.process()
+        self.assertEqual(len(self.local), 24)
+        self.queue.sq_running.update(("t00", "t01"))
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), [])
+        self.queue.sq_running.add("t02")
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["t24", "t25", "t26"])
+
+    def test_wakes_the_runqueue(self):
+        """At once if a task waits for what has landed, else when there is something to do for it"""
+        self.make({tid: set() for tid in "abcdefg"}, window=7)
+
+        def answer(*names):
+            for name in names:
+                self.connections.answer(next(request for request in self.connections.asked if request.url.endswith(name)))
+            return bool(select.select(self.prefetch.fds(), [], [], 0)[0])
+
+        self.prefetch.process()
+        self.assertFalse(answer("a-0", "a-0.siginfo"))
+        self.prefetch.awaits("b")
+        self.prefetch.process()
+        self.assertEqual(self.local, ["a"])
+        self.assertTrue(answer("b-0"))
+        self.prefetch.process()
+        self.assertFalse(answer("c-0", "c-0.siginfo", "d-0", "d-0.siginfo", "e-0", "e-0.siginfo", "f-0"))
+        self.assertTrue(answer("f-0.siginfo"))
+        self.prefetch.process()
+        self.assertFalse(answer("g-0", "g-0.siginfo"))
+        self.assertTrue(answer("b-0.siginfo"))
 
     def test_what_is_under_way_and_awaited_comes_first(self):
         self.make({tid: set() for tid in "abcd"}, window=4)
