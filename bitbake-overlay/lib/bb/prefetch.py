@@ -19,7 +19,8 @@ that no task has taken yet. A task that could be started now gets its object
 even so.
 
 The runqueue's thread owns all state and calls everything here, but for what is
-marked: that passes on the answers of the pool, and wakes the runqueue up.
+marked: that passes on the answers of the pool, and wakes the runqueue up if it
+has to do with them now, for which it looks at that state.
 
     prefetch = Prefetch(rqexe, connections, presence)
     ...
@@ -47,10 +48,12 @@ logger = logging.getLogger("BitBake.RunQueue")
 MAX_UNDER_WAY = 48
 MAX_OPEN = 144
 # Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
-# tasks whose objects are there should not wait for those of many others. Of what nobody waits for, as many as that
-# are taken together, and asked for together: each time, threads have to be woken up.
+# tasks whose objects are there should not wait for those of many others. As each turn has threads to wake up, what
+# nobody waits for is also put off until there are so many answers, or room for so many objects, at most an eighth of
+# the window; of room not longer than some seconds.
 ANSWERS_EACH = 8
 STARTS_EACH = 8
+FILL_EACH = 1
 # Seconds after which an object of which nothing more arrives is given up, whatever the connections say, and how
 # often that is looked at
 STALLED = 900
@@ -64,7 +67,8 @@ PROGRESS = 0.5
 class Transfer:
     """
     The files of an object that are under way. temporary is {name: its temporary path}, requests those
-    which have no answer yet, found the names which are complete. received and heard tell how many bytes had
+    which have no answer yet, answered the names which have one, found those which are complete. The pool's
+    threads fill answered, without a lock. received and heard tell how many bytes had
     arrived when that was last looked at, and when it had last changed. hurried tells that a task waits for it,
     and that its requests come first.
     """
@@ -73,6 +77,7 @@ class Transfer:
         self.files = files
         self.temporary = {}
         self.requests = {}
+        self.answered = []
         self.found = set()
         self.error = None
         self.received = 0
@@ -112,8 +117,9 @@ class Prefetch:
         self._order = {}
         self._stale = True
         self._again_at = 0
-        # Whether there was room for many, and may still be for one
+        # Whether there was room for many, of which some is left; when it was used last
         self._filling = False
+        self._filled_at = 0
         self._started = None
         self._open = 0
         # Of the last progress event, and of the last look for what has stalled
@@ -139,8 +145,10 @@ class Prefetch:
 
     def _done(self, transfer, name, request, response, error):
         self._answers.append((transfer, name, response, error))
-        # Others come later, unless it is the last
-        if transfer.hurried or len(self._answers) >= min(ANSWERS_EACH, self._open):
+        transfer.answered.append(name)
+        awaited = transfer.hurried and len(transfer.answered) == len(transfer.files.names)
+        # If there are not many others come later, unless it is the last
+        if awaited or self._wanted or len(self._answers) >= min(ANSWERS_EACH, self._open):
             self._wake()
 
     def _wake(self):
@@ -196,15 +204,20 @@ class Prefetch:
         hurried, self._hurried = self._hurried, []
         memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
         room = min(self._window - len(self._ahead), MAX_UNDER_WAY - len(self._under_way))
-        self._filling = room >= min(STARTS_EACH, self._window // 8) or self._filling and room > 0
+        now = time.monotonic()
+        self._filling = room > 0 and (self._filling or room >= min(STARTS_EACH, self._window // 8) or
+                                      now - self._filled_at > FILL_EACH)
         while starts and self._filling and self._has_room() and len(self._ahead) < self._window:
             starts -= 1
             tid = self._following(memory)
             if tid is None:
                 break
             later += self._start(tid)
+            self._filled_at = now
+        self._filling = self._filling and not starts
         memory.submit(*later)
         if self._answers or not starts:
+            # After the last change of what _done() looks at: it may have seen what was before
             self._wake()
         if self._under_way:
             # A runqueue that has a lot to do does not wait for anything

@@ -212,8 +212,11 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual(self.connections.tids(), ["c"])
 
     def test_room_for_many(self):
-        """One by one would wake the connections' threads up for each"""
+        """One by one would wake the connections' threads up for each, but they do not wait long for others"""
         self.make({"t%02d" % n: set() for n in range(40)}, window=24)
+        patch = unittest.mock.patch.object(prefetch, "FILL_EACH", 1000)
+        patch.start()
+        self.addCleanup(patch.stop)
         for _ in range(3):
             self.prefetch.process()
         self.assertEqual(len(self.connections.tids()), 24)
@@ -228,28 +231,67 @@ class PrefetchTest(unittest.TestCase):
         self.queue.sq_running.add("t02")
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["t24", "t25", "t26"])
+        self.queue.sq_running.add("t03")
+        self.prefetch.process()
+        self.assertEqual(len(self.connections.tids()), 3)
+        prefetch.FILL_EACH = -1
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), ["t24", "t25", "t26", "t27"])
+
+    def woken(self):
+        return bool(select.select(self.prefetch.fds(), [], [], 0)[0])
+
+    def answer(self, *names):
+        """Returns whether the runqueue is woken up"""
+        for name in names:
+            self.connections.answer(next(request for request in self.connections.asked if request.url.endswith(name)))
+        return self.woken()
 
     def test_wakes_the_runqueue(self):
         """At once if a task waits for what has landed, else when there is something to do for it"""
         self.make({tid: set() for tid in "abcdefg"}, window=7)
+        self.prefetch.awaits("a")
+        self.prefetch.process()
+        self.assertFalse(self.answer("b-0", "b-0.siginfo", "a-0"))
+        self.assertTrue(self.answer("a-0.siginfo"))
+        self.prefetch.process()
+        self.assertEqual(self.local, ["b", "a"])
+        self.assertFalse(self.answer("c-0"))
+        self.prefetch.awaits("c")
+        # Its other answer may just have come
+        self.assertTrue(self.woken())
+        self.prefetch.process()
+        self.assertTrue(self.answer("c-0.siginfo"))
+        self.prefetch.process()
+        self.assertFalse(self.answer("d-0", "d-0.siginfo", "e-0", "e-0.siginfo", "f-0", "f-0.siginfo", "g-0"))
+        # The last one
+        self.prefetch.process()
+        self.assertTrue(self.answer("g-0.siginfo"))
 
-        def answer(*names):
-            for name in names:
-                self.connections.answer(next(request for request in self.connections.asked if request.url.endswith(name)))
-            return bool(select.select(self.prefetch.fds(), [], [], 0)[0])
+    def test_wakes_the_runqueue_for_many(self):
+        self.make({tid: set() for tid in "abcdefg"}, window=7)
+        self.prefetch.process()
+        self.assertFalse(self.answer("a-0", "a-0.siginfo", "b-0", "b-0.siginfo", "c-0", "c-0.siginfo", "d-0"))
+        self.assertTrue(self.answer("d-0.siginfo"))
+        self.answer("e-0", "e-0.siginfo", "f-0", "f-0.siginfo", "g-0", "g-0.siginfo")
+        self.prefetch.process()
+        # Not all were taken
+        self.assertTrue(self.woken())
+        self.prefetch.process()
+        self.assertFalse(self.woken())
+        self.assertEqual(len(self.local), 7)
 
-        self.prefetch.process()
-        self.assertFalse(answer("a-0", "a-0.siginfo"))
-        self.prefetch.awaits("b")
-        self.prefetch.process()
-        self.assertEqual(self.local, ["a"])
-        self.assertTrue(answer("b-0"))
-        self.prefetch.process()
-        self.assertFalse(answer("c-0", "c-0.siginfo", "d-0", "d-0.siginfo", "e-0", "e-0.siginfo", "f-0"))
-        self.assertTrue(answer("f-0.siginfo"))
-        self.prefetch.process()
-        self.assertFalse(answer("g-0", "g-0.siginfo"))
-        self.assertTrue(answer("b-0.siginfo"))
+    def test_wakes_the_runqueue_for_room(self):
+        self.make({tid: set() for tid in "abcdefghij"}, window=10)
+        with unittest.mock.patch.object(prefetch, "MAX_UNDER_WAY", 8):
+            self.prefetch.process()
+            self.prefetch.awaits("j")
+            self.prefetch.process()
+            self.assertNotIn("j", self.connections.tids())
+            self.assertTrue(self.answer("a-0"))
+            self.answer("a-0.siginfo")
+            self.prefetch.process()
+            self.assertEqual(self.connections.tids()[0], "j")
 
     def test_what_is_under_way_and_awaited_comes_first(self):
         self.make({tid: set() for tid in "abcd"}, window=4)
@@ -533,13 +575,14 @@ class PrefetchTest(unittest.TestCase):
         """
         for seed in range(200):
             rand = random.Random(seed)
-            with self.subTest(seed=seed), unittest.mock.patch.object(prefetch, "MAX_UNDER_WAY", rand.randint(1, 6)):
+            with self.subTest(seed=seed), unittest.mock.patch.multiple(prefetch, MAX_UNDER_WAY=rand.randint(1, 6), FILL_EACH=1000,
+                                                                       STARTS_EACH=rand.randint(1, 8)):
                 self.play(rand)
                 self.close()
                 shutil.rmtree(self.tempdir + "/ab", ignore_errors=True)
 
     def play(self, rand):
-        window, threads = rand.randint(1, 5), rand.randint(1, 3)
+        window, threads = rand.choice((rand.randint(1, 5), rand.randint(6, 40))), rand.randint(1, 3)
         self.make(self.random_graph(rand), window, threads)
         queue, connections = self.queue, self.connections
         tids = list(self.files)
@@ -548,27 +591,31 @@ class PrefetchTest(unittest.TestCase):
             if rand.random() < 0.2:
                 del self.files[tid]
         skipped, fetched, running = set(queue.outcomes), set(), []
+        event = True
         for step in range(2000):
-            self.prefetch.process()
-            fetched.update(connections.tids())
-            self.assertFalse(fetched & skipped)
-            self.assertEqual(self.prefetch.awaited & queue.sq_running, set())
+            # The runqueue has its turn after it has started something, when a task has ended, or when it is woken up
+            turn = event or bool(select.select(self.prefetch.fds(), [], [], 0)[0])
+            ready = []
+            if turn:
+                self.prefetch.process()
+                fetched.update(connections.tids())
+                self.assertFalse(fetched & skipped)
+                self.assertEqual(self.prefetch.awaited & queue.sq_running, set())
             under_way = connections.tids()
-            choices = []
             buildable = [tid for tid in tids if tid in queue.sq_buildable and tid not in queue.sq_running]
-            for tid in buildable:
+            for tid in buildable if turn else ():
                 if tid in queue.outcomes:
-                    choices.append(("outcome", tid))
-                elif len(running) < threads and not self.prefetch.awaits(tid):
-                    choices.append(("start", tid))
-            choices += [("answer", request) for request in connections.asked[:3]] + [("end", tid) for tid in running]
+                    ready.append(("outcome", tid))
+                elif len(running) < threads and tid not in self.prefetch.awaited and not self.prefetch.awaits(tid):
+                    ready.append(("start", tid))
+            choices = ready + [("answer", request) for request in connections.asked[:3]] + [("end", tid) for tid in running]
+            event = bool(ready)
             if not choices:
-                # Those which wait get their turn with the next process()
-                waiting = [tid for tid in buildable if tid in self.prefetch.awaited]
-                self.assertTrue(not buildable or waiting)
-                if not buildable:
-                    break
-                continue
+                if select.select(self.prefetch.fds(), [], [], 0)[0]:
+                    continue
+                # Nobody would ever start these
+                self.assertEqual(buildable, [])
+                break
             what, subject = rand.choice(choices)
             if what == "outcome":
                 queue.sq_running.add(subject)
@@ -580,6 +627,7 @@ class PrefetchTest(unittest.TestCase):
             elif what == "answer":
                 connections.answer(subject, **rand.choice([{}, {}, {}, {"status": 404}, {"error": ConnectError("gone")}]))
             else:
+                event = True
                 running.remove(subject)
                 covered = rand.random() < 0.8
                 queue.finish(subject, covered)
@@ -590,5 +638,6 @@ class PrefetchTest(unittest.TestCase):
                 if tid not in queue.sq_running:
                     self.files[tid] = Files(self.tempdir, tid, step + 1)
                     self.prefetch.changed()
+                    event = True
         self.assertEqual(queue.sq_running, set(tids))
         self.assertEqual(running, [])
