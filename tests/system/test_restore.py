@@ -85,7 +85,8 @@ def test_absent_objects(mirror, mirror_files, make_build, patched_tree):
     assert len(build.restored()) == FEW
     assert "Mirrors %d Missed 2" % FEW in result.output
     counters = server.counters()
-    assert counters.statuses == {200: 4 * FEW + 1, 404: 2}
+    # One more is part of the test of pipelining: a HEAD behind an answer of 200, OPTIONS behind one of 404
+    assert counters.statuses in ({200: 4 * FEW + 1, 404: 2}, {200: 4 * FEW, 404: 2, 405: 1})
     assert counters.connections <= 4
 
 
