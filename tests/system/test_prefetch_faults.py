@@ -11,8 +11,8 @@ import pytest
 
 from netqueue.sshd import Sshd
 from system.conftest import FEW, OFF
-from system.observe import (SECONDS, add_class, damaged, names, outcome, problems, restore, server_pid, summary,
-                            unfinished, wait_until)
+from system.observe import (SECONDS, add_class, damaged, names, outcome, problems, restore, server_log,
+                            server_pid, summary, unfinished, wait_until)
 from system.peer import CLOSE, HANDLED, is_object, send_part
 from system.test_prefetch import ALL
 from system.test_processes import UNBUFFERED, interrupt, started
@@ -162,8 +162,10 @@ def test_interrupted(times, held_half, make_build, patched_tree):
     try:
         interrupt(running, build, "stateShutdown")
         if times == 2:
-            # It may have ended by itself: no task runs
             running.interrupt()
+            # It may have ended by itself: no task runs
+            wait_until(lambda: "'stateForceShutdown'" in server_log(build) or running.process.poll() is not None,
+                       "the server was told stateForceShutdown")
         result = running.wait(SECONDS)
     finally:
         running.kill()
