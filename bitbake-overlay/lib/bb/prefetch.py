@@ -50,7 +50,7 @@ MAX_OPEN = 144
 # Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
 # tasks whose objects are there should not wait for those of many others. As each turn has threads to wake up, what
 # nobody waits for is also put off until there are so many answers, or room for so many objects, at most an eighth of
-# the window; of room not longer than some seconds.
+# the window; but room is not left longer than FILL_EACH, in seconds.
 ANSWERS_EACH = 8
 STARTS_EACH = 8
 FILL_EACH = 1
@@ -117,8 +117,7 @@ class Prefetch:
         self._order = {}
         self._stale = True
         self._again_at = 0
-        # Whether there was room for many, of which some is left; when it was used last
-        self._filling = False
+        # When room was last used for what nobody waits for
         self._filled_at = 0
         self._started = None
         self._open = 0
@@ -205,16 +204,14 @@ class Prefetch:
         memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
         room = min(self._window - len(self._ahead), MAX_UNDER_WAY - len(self._under_way))
         now = time.monotonic()
-        self._filling = room > 0 and (self._filling or room >= min(STARTS_EACH, self._window // 8) or
-                                      now - self._filled_at > FILL_EACH)
-        while starts and self._filling and self._has_room() and len(self._ahead) < self._window:
+        enough = room >= min(STARTS_EACH, self._window // 8) or now - self._filled_at > FILL_EACH
+        while enough and starts and self._has_room() and len(self._ahead) < self._window:
             starts -= 1
             tid = self._following(memory)
             if tid is None:
                 break
             later += self._start(tid)
             self._filled_at = now
-        self._filling = self._filling and not starts
         memory.submit(*later)
         if self._answers or not starts:
             # After the last change of what _done() looks at: it may have seen what was before

@@ -234,8 +234,8 @@ class PrefetchTest(unittest.TestCase):
         self.queue.sq_running.add("t03")
         self.prefetch.process()
         self.assertEqual(len(self.connections.tids()), 3)
-        prefetch.FILL_EACH = -1
-        self.prefetch.process()
+        with unittest.mock.patch.object(prefetch, "FILL_EACH", -1):
+            self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["t24", "t25", "t26", "t27"])
 
     def woken(self):
@@ -594,7 +594,7 @@ class PrefetchTest(unittest.TestCase):
         event = True
         for step in range(2000):
             # The runqueue has its turn after it has started something, when a task has ended, or when it is woken up
-            turn = event or bool(select.select(self.prefetch.fds(), [], [], 0)[0])
+            turn = event or self.woken()
             ready = []
             if turn:
                 self.prefetch.process()
@@ -611,7 +611,7 @@ class PrefetchTest(unittest.TestCase):
             choices = ready + [("answer", request) for request in connections.asked[:3]] + [("end", tid) for tid in running]
             event = bool(ready)
             if not choices:
-                if select.select(self.prefetch.fds(), [], [], 0)[0]:
+                if self.woken():
                     continue
                 # Nobody would ever start these
                 self.assertEqual(buildable, [])
