@@ -53,11 +53,21 @@ def bitbakes(bitbake_checkout, tmp_path_factory):
     return {name: clones(folder / name, {"bitbake": bitbake_checkout}, name == "patched").path for name in VARIANTS}
 
 
-@pytest.fixture
-def trees(bitbake_checkout, oecore_checkout, tmp_path):
+@pytest.fixture(scope="module")
+def trees(bitbake_checkout, oecore_checkout, tmp_path_factory):
     """{"stock": Tree, "patched": Tree}"""
+    folder = tmp_path_factory.mktemp("trees")
     sources = {"bitbake": bitbake_checkout, "openembedded-core": oecore_checkout}
-    return {name: clones(tmp_path / ("tree-" + name), sources, name == "patched") for name in VARIANTS}
+    return {name: clones(folder / name, sources, name == "patched") for name in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def real_files(trees, tmp_path_factory):
+    """The folder of a mirror with RECIPES objects that openembedded-core's classes have made"""
+    with OEBuild(tmp_path_factory.mktemp("fill") / "build", trees["stock"], objects=RECIPES, threads=8) as build:
+        restore(build, "demo-all")
+        assert len(build.archives()) == RECIPES
+    return build.sstate
 
 
 def search_path(tree):
@@ -121,12 +131,9 @@ def restore(build, *arguments):
     return result
 
 
-def test_real_classes(trees, serve_nginx, tmp_path):
-    with OEBuild(tmp_path / "fill", trees["stock"], objects=RECIPES, threads=8) as build:
-        restore(build, "demo-all")
-        assert len(build.archives()) == RECIPES
-    files = build.sstate
-    server = serve_nginx(files)
+@pytest.mark.parametrize("protocol", ["http", "sftp"])
+def test_real_classes(protocol, trees, real_files, any_mirror, tmp_path):
+    server = any_mirror(protocol, real_files)
     outputs, summaries, left, counters = {}, {}, {}, {}
     for name in ("stock", "patched", "limited"):
         server.reset()
@@ -142,11 +149,11 @@ def test_real_classes(trees, serve_nginx, tmp_path):
                       if entry.digest}
     assert len(summaries["stock"]) == 1 and "Missed 0" in summaries["stock"][0]
     assert len(left["stock"]) == 2 * RECIPES
-    assert counters["stock"].connections > 3 * RECIPES
+    assert counters["stock"].connections >= 2 * RECIPES
     for name in ("patched", "limited"):
         assert summaries[name] == summaries["stock"]
         assert left[name] == left["stock"]
-        assert damaged(tmp_path / name / "sstate", files) == []
+        assert damaged(tmp_path / name / "sstate", real_files) == []
         # They name the folder of the layer
         assert len(problems(outputs[name])) == len(problems(outputs["stock"]))
         assert summary(outputs[name]).connections == counters[name].connections <= 4

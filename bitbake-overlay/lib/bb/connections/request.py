@@ -9,7 +9,7 @@ What is asked of a mirror: a URL, on behalf of an environment; and the answer.
 
 Made by client.py, server.py, presencequery.py and prefetch.py, worked off by
 host.py, http.py and sftp.py. Knows what a URL, a redirect and a proxy mean, and
-does no input or output.
+does no input or output, but for looking where ssh is.
 
     def done(request, response, error):
         ...
@@ -21,6 +21,7 @@ import collections
 import email.utils
 import functools
 import os
+import shutil
 import time
 import urllib.parse
 import urllib.request
@@ -51,12 +52,28 @@ Origin = collections.namedtuple("Origin", "scheme host port user")
 # proxy is None or (host, port, value of Proxy-Authorization or None)
 Route = collections.namedtuple("Route", "proxy cafile capath verify")
 
-# environment is a tuple of (name, value)
-SSHRoute = collections.namedtuple("SSHRoute", "environment")
-
 # status is HTTP's, or what is like it. headers have names in lower case. length
 # is what the server announced, None if it did not.
 Response = collections.namedtuple("Response", "status headers length")
+
+
+class SSHRoute:
+    """
+    How ssh is started: its environment, a tuple of (name, value). PATH, which is another one for each recipe, has to
+    find the same ssh for two to be equal. Then one connection serves both.
+    """
+    __slots__ = ("environment", "_compared")
+
+    def __init__(self, environment):
+        self.environment = environment
+        others = dict(environment)
+        self._compared = os.path.realpath(ssh_program(others.pop("PATH", ""))), tuple(others.items())
+
+    def __eq__(self, other):
+        return isinstance(other, SSHRoute) and self._compared == other._compared
+
+    def __hash__(self):
+        return hash(self._compared)
 
 
 class Request:
@@ -112,7 +129,7 @@ class Request:
         self.url = url
         if parts.scheme == "sftp":
             self._set_path(parts)
-            self.route = SSHRoute(tuple((name, self.environment[name]) for name in SSH_ENVIRONMENT if name in self.environment))
+            self.route = _ssh_route(tuple((name, self.environment[name]) for name in SSH_ENVIRONMENT if name in self.environment))
         else:
             self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
             self.route = route(self.origin, self.environment, self.verify)
@@ -183,6 +200,14 @@ def ssh_host(netloc):
     if host.startswith("-"):
         raise ValueError("Not a host name: %s" % host[:80])
     return host
+
+def ssh_program(path):
+    """The ssh that is found in path, a value of PATH"""
+    return shutil.which("ssh", path=path) or "/usr/bin/ssh"
+
+@functools.lru_cache(maxsize=256)
+def _ssh_route(environment):
+    return SSHRoute(environment)
 
 def route(origin, environment, verify):
     """How to reach origin from environment. Raises ValueError for a proxy of another kind than http."""

@@ -24,12 +24,12 @@ import math
 import os
 import re
 import select
-import shutil
 import socket
 import subprocess
 import time
 
 from bb.connections import Cancelled, ConnectError, Disconnected, RefusedError, TimedOutError
+from bb.connections.request import ssh_program
 
 # What OpenSSH's sftp(1) passes, as fetch2/sftp.py calls it; and ssh is not to become
 # a master (ControlMaster) that sessions of others would end with
@@ -78,8 +78,7 @@ class SSH:
 
     def start(self):
         """Does not wait for the connection. Raises ConnectError or Cancelled."""
-        program = shutil.which("ssh", path=self.environment.get("PATH", "")) or "/usr/bin/ssh"
-        command = [program, *OPTIONS]
+        command = [ssh_program(self.environment.get("PATH", "")), *OPTIONS]
         if self.origin.port:
             command += ["-p", str(self.origin.port)]
         if self.origin.user:

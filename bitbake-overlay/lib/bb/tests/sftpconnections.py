@@ -606,6 +606,21 @@ class ConnectTest(SFTPTest):
         self.connection("sftp://[::1]").connect()
         self.assertEqual(mirror.sessions[1].arguments[6:], ["-s", "--", "::1", "sftp"])
 
+    def test_path_of_a_recipe(self):
+        """It finds the same ssh as that of another, which can use the same connection"""
+        def route(path, **environment):
+            return Request("HEAD", "sftp://mirror/x", dict(environment, PATH=path)).route
+
+        path = self.mirror(Server({})).path
+        hosttools = tempfile.mkdtemp(dir=self.tempdir)
+        os.symlink(path + "/ssh", hosttools + "/ssh")
+        usual = route(path)
+        for other in (route("/recipe/bin:" + path), route(hosttools)):
+            self.assertEqual((usual, hash(usual)), (other, hash(other)))
+        own = self.mirror(Server({})).path
+        for other in (route(own + ":" + path), route(path, HOME="/home/somebody"), route(path, SSH_AUTH_SOCK="/agent")):
+            self.assertNotEqual(usual, other)
+
     def test_no_program(self):
         self.environment = {}
         connection = self.connection()
