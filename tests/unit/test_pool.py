@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from bb.connections import (Cancelled, ConnectError, Disconnected, ProtocolError, RefusedError, StatusError,
-                            TimedOutError)
+from bb.connections import (Cancelled, ConnectError, DestinationError, Disconnected, ProtocolError, RefusedError,
+                            StatusError, TimedOutError)
 from bb.connections import host as host_module
 from bb.connections.request import Response
 from bb.connections.host import ATTEMPTS, TIMEOUT_ATTEMPTS
@@ -27,12 +27,13 @@ class Mirror:
     def __init__(self):
         self.answer = lambda request: Response(200, {}, 0)
         self.connecting = lambda: None
+        self.kind = PretendedConnection
         self.lock = threading.Lock()
         self.open = self.peak = self.made = self.aborted = self.flying = 0
         self.urls = []
 
     def __call__(self, origin, route, timeout):
-        return PretendedConnection(self, route)
+        return self.kind(self, route)
 
 
 class PretendedConnection:
@@ -256,6 +257,51 @@ def test_a_certificate_that_is_refused_opens_the_breaker_at_once(pool, mirror):
     asked = ask_all(pool, "HEAD", [URL] * 10)
     assert ["certificate" in str(one.error()) for one in asked] == [True] * 10
     assert pool.statistics.retries == 0
+
+
+class NotByProxy(PretendedConnection):
+    def connect(self):
+        if self.route.proxy:
+            raise ConnectError("not by proxy", retryable=False)
+        super().connect()
+
+
+def test_other_routes_go_on_when_one_cannot_be_used(pool, mirror):
+    """A recipe may have certificates, or a proxy, of its own, which are wrong"""
+    mirror.kind = NotByProxy
+    usual = Asked("HEAD", URL)
+    pool.submit(usual.request)
+    assert usual.status() == 200
+    for _ in range(3):
+        odd = Asked("HEAD", URL, {"http_proxy": "http://proxy.example"})
+        pool.submit(odd.request)
+        assert "not by proxy" in str(odd.error())
+        assert not pool.well(odd.request.origin, odd.request.route)
+        assert pool.well(usual.request.origin, usual.request.route)
+        assert [one.status() for one in ask_all(pool, "HEAD", [URL] * 20)] == [200] * 20
+    assert mirror.peak <= 4
+
+
+class Nowhere(PretendedConnection):
+    def connect(self):
+        raise ConnectError("nobody there")
+
+
+class Full(PretendedConnection):
+    def receive(self):
+        self.served += 1
+        return [(self.in_flight.popleft(), None, DestinationError("full"))]
+
+
+def test_what_is_wrong_here_says_nothing_of_the_host(pool, mirror):
+    """A probe that the host has answered, and that fails even so"""
+    mirror.kind = Nowhere
+    for one in ask_all(pool, "HEAD", [URL] * 5):
+        assert "left alone" in str(one.error())
+    host = pool._hosts[one.request.origin]
+    host._pause_until = 0
+    mirror.kind = Full
+    assert [str(one.error()) for one in ask_all(pool, "GET", [URL] * 3)] == ["full"] * 3
 
 
 def test_other_hosts_go_on_when_one_is_left_alone(pool, mirror):

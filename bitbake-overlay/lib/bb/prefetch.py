@@ -44,9 +44,13 @@ from bb.connections.request import MISSING, Request, last_modified
 
 logger = logging.getLogger("BitBake.RunQueue")
 
-# Objects under way at the same time, and files that are open for them, also those that nobody waits for any more
+# Objects under way at the same time, of which some are kept for those which a task waits for; and files that are open
+# for them, also those that nobody waits for any more
 MAX_UNDER_WAY = 48
+MAX_AHEAD = 40
 MAX_OPEN = 144
+# What of an object's name, which may have as many characters as there can be, a temporary file has in its own
+MAX_NAME = 220
 # Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
 # tasks whose objects are there should not wait for those of many others. As each turn has threads to wake up, what
 # nobody waits for is also put off until there are so many answers, or room for so many objects, at most an eighth of
@@ -112,8 +116,7 @@ class Prefetch:
         self._tried = {}
         # Those which got a second chance since the mirror was gone
         self._retried = set()
-        # {origin of the mirror: (number, tid) of those which come next}, whether that is to be found out (again), and
-        # not before when
+        # {mirror: (number, tid) of those which come next}, whether that is to be found out (again), and not before when
         self._order = {}
         self._stale = True
         self._again_at = 0
@@ -202,10 +205,11 @@ class Prefetch:
         memory.submit(*first, first=True)
         hurried, self._hurried = self._hurried, []
         memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
-        room = min(self._window - len(self._ahead), MAX_UNDER_WAY - len(self._under_way))
+        room = min(self._window - len(self._ahead), MAX_AHEAD - len(self._under_way))
         now = time.monotonic()
         enough = room >= min(STARTS_EACH, self._window // 8) or now - self._filled_at > FILL_EACH
-        while enough and starts and self._has_room() and len(self._ahead) < self._window:
+        while (enough and starts and len(self._under_way) < MAX_AHEAD and self._has_room() and
+               len(self._ahead) < self._window):
             starts -= 1
             tid = self._following(memory)
             if tid is None:
@@ -296,12 +300,12 @@ class Prefetch:
         if self._stale and now >= self._again_at:
             self._order = {}
             for number, tid in enumerate(filter(self._fetchable, order(self._rqexe))):
-                self._order.setdefault(self._presence.files_of(tid).origin, collections.deque()).append((number, tid))
+                self._order.setdefault(self._presence.files_of(tid).mirror, collections.deque()).append((number, tid))
             self._stale = False
             # With thousands of tasks of which many fail it is not worth a large part of the time
             self._again_at = time.monotonic() + ORDER_SHARE * (time.monotonic() - now)
         # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
-        queues = [queue for origin, queue in self._order.items() if memory.well(origin)]
+        queues = [queue for mirror, queue in self._order.items() if memory.well(*mirror)]
         while any(queues):
             _, tid = min(filter(None, queues), key=lambda queue: queue[0]).popleft()
             if self._fetchable(tid):
@@ -324,7 +328,8 @@ class Prefetch:
                 raise FileExistsError("it is there")
             # The first is the object, without which the others are of no use
             requests = [self._request(transfer, name) for name in files.names]
-        except (OSError, ValueError, bb.fetch2.BBFetchException) as e:
+        except Exception as e:
+            # Whatever it is, the task does what it always did
             logger.debug("Not fetching ahead for %s: %s", tid, e)
             self.awaited.discard(tid)
             self._close(transfer)
@@ -336,10 +341,10 @@ class Prefetch:
         return requests
 
     def _request(self, transfer, name):
-        path = os.path.join(transfer.files.directory, name)
-        make_directories(os.path.dirname(path), transfer.files.umask)
+        directory, file = os.path.split(os.path.join(transfer.files.directory, name))
+        make_directories(directory, transfer.files.umask)
         # Of our own: without the fetcher's lock somebody else may fetch the same
-        temporary = "%s.%s-%s.new" % (path, os.getpid(), secrets.token_hex(4))
+        temporary = os.path.join(directory, "%s.%s-%s.new" % (file[:MAX_NAME], os.getpid(), secrets.token_hex(4)))
         members = transfer.files.describe(name)
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._connections.keep_from_children(fd)
@@ -446,12 +451,12 @@ class Prefetch:
             return
         self._told_at = now
         left = [transfer.files.size or 0 for transfer in self._under_way.values()]
-        for origin, queue in list(self._order.items()):
+        for mirror, queue in list(self._order.items()):
             # Their tasks may have been started meanwhile
-            queue = self._order[origin] = collections.deque(one for one in queue if self._fetchable(one[1]))
+            queue = self._order[mirror] = collections.deque(one for one in queue if self._fetchable(one[1]))
             left += [self._presence.files_of(tid).size or 0 for _, tid in queue]
             if not queue:
-                del self._order[origin]
+                del self._order[mirror]
         told = (self.objects, self.objects + len(left))
         if told != self._told:
             self._told = told

@@ -40,7 +40,7 @@ logger = logging.getLogger("BitBake.RunQueue")
 
 # Fewer objects are asked for without a progress bar
 PROGRESS_FROM = 100
-# What decides in the fetcher how a task fetches. PATH is another one for each machine, and finds the same ssh.
+# What decides in the fetcher how a task fetches. PATH is another one for each recipe, and finds the same ssh.
 SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS", "BB_CHECK_SSL_CERTS", "BB_CONNECTION_CACHE", "FETCHCMD_sftp",
             "FETCHCMD_wget") + tuple(sorted(set(ENVIRONMENT) - {"PATH"}))
 
@@ -56,7 +56,7 @@ class Presence:
         self._connections = connections
         self._local = {}
         self._usual = {}
-        # {tid: (Locations, place, origin, size)} of what was found over the shared connections
+        # {tid: (Locations, place, mirror, size)} of what was found over the shared connections
         self._places = {}
         # {tid: Files}: what can be fetched ahead
         self.files = {}
@@ -131,12 +131,12 @@ class Presence:
         are left out.
         """
         for tid, names in files.items():
-            locations, place, origin, size = self._places.pop(tid, (None, None, None, None))
+            locations, place, mirror, size = self._places.pop(tid, (None, None, None, None))
             old = self.files.get(tid)
             if old and (old.unihash, old.names, old.needed) == (self._unihash(tid), names, needed):
                 continue
             if locations is not None and self._as_usual(tid):
-                self.files[tid] = Files(names, needed, size, self._unihash(tid), umask, locations, place, origin)
+                self.files[tid] = Files(names, needed, size, self._unihash(tid), umask, locations, place, mirror)
 
     def files_of(self, tid):
         """The Files of tid's object with its current hash, or None"""
@@ -216,9 +216,9 @@ class Files:
     What can be fetched ahead for a task: names of files below directory. Compared by identity: if the
     task's hash changes there is another one.
     """
-    __slots__ = ("names", "needed", "size", "unihash", "umask", "origin", "_locations", "_place")
+    __slots__ = ("names", "needed", "size", "unihash", "umask", "mirror", "_locations", "_place")
 
-    def __init__(self, names, needed, size, unihash, umask, locations, place, origin):
+    def __init__(self, names, needed, size, unihash, umask, locations, place, mirror):
         self.names = names
         # With how many of them the task fetches nothing
         self.needed = needed
@@ -228,8 +228,8 @@ class Files:
         self.umask = umask
         self._locations = locations
         self._place = place
-        # Of the mirror
-        self.origin = origin
+        # Its origin, and the route to it
+        self.mirror = mirror
 
     @property
     def directory(self):

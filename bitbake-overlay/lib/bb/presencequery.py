@@ -74,10 +74,13 @@ class Item:
 
 
 class Host:
-    """What became of the requests to a mirror at origin. reason is why the first that has no answer has none."""
-
-    def __init__(self, origin):
+    """
+    What became of the requests to a mirror at origin, the first of them by route. reason is why the first that has no
+    answer has none.
+    """
+    def __init__(self, origin, route):
         self.origin = origin
+        self.route = route
         self.asked = self.unanswered = 0
         self.reason = None
         # Whether it can be thought to answer later: it has answered something, if only by refusing
@@ -119,7 +122,8 @@ class Query:
     """memory is where requests are submitted, d has the fetcher's settings"""
 
     def __init__(self, memory, d):
-        # {task id: (where its object was found over the shared connections, as Locations.find() counts, the mirror's origin)}
+        # {task id: (where its object was found over the shared connections, as Locations.find() counts, (the mirror's origin,
+        # the route to it))}
         self.places = {}
         self.locations = Locations(d.createCopy())
         self._memory = memory
@@ -231,7 +235,7 @@ class Query:
             return True
         item.request = request
         if request.origin not in self._hosts:
-            self._hosts[request.origin] = Host(request.origin)
+            self._hosts[request.origin] = Host(request.origin, request.route)
         # A redirect leads the request elsewhere, but the mirror it is
         item.host = self._hosts[request.origin]
         item.host.asked += 1
@@ -262,7 +266,7 @@ class Query:
         if response is not None and response.status == 200:
             self._sizes[item.tid] = response.length
             if item.request is not None:
-                self.places[item.tid] = item.place, item.host.origin
+                self.places[item.tid] = item.place, (item.host.origin, item.host.route)
             self._pending.discard(item)
             return
         item.candidates.popleft()

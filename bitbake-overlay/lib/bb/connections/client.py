@@ -31,8 +31,8 @@ import urllib.parse
 import bb
 import bb.connections
 from bb.connections import ADDRESS, ConnectionCacheError, ProtocolError, TimedOutError, protocol
-from bb.connections.request import (ABSENT, HTTP_ENVIRONMENT, MISSING, SSH_ENVIRONMENT, Request, basic_auth,
-                                    last_modified, redact)
+from bb.connections.request import (ABSENT, ENVIRONMENT, HTTP_ENVIRONMENT, MISSING, Request, basic_auth, last_modified,
+                                    redact)
 
 logger = logging.getLogger("BitBake.Fetcher")
 
@@ -122,8 +122,8 @@ def supports(ud, d):
     return ud.type == "sftp" and not d.getVar("FETCHCMD_sftp") and not ud.pswd
 
 def environment(scheme, d):
-    """What of the fetcher's environment decides how a host is reached, and HOME"""
-    return bb.fetch2.get_fetcher_environment(d, SSH_ENVIRONMENT if scheme == "sftp" else HTTP_ENVIRONMENT + ("HOME",))
+    """What of the fetcher's environment decides how a host is reached, and HOME for ~/.netrc"""
+    return bb.fetch2.get_fetcher_environment(d, ENVIRONMENT if scheme == "sftp" else HTTP_ENVIRONMENT + ("HOME",))
 
 def describe(method, ud, environ, verify):
     """The members of a Request, with environ as environment() returned it"""

@@ -14,7 +14,9 @@ A host that refuses (408, 429, 503, closed without an answer) is asked after a p
 over half the connections and with half the depth; one more, and twice the
 depth, after each RISE_AFTER answers. A host that does nothing else, cannot be
 reached or stays silent is left alone for BREAKER_PAUSE seconds: requests fail
-at once until then, and the next one after that is the probe.
+at once until then, and the next one after that is the probe. Where it is sure
+that it cannot be reached, as with a certificate that is not trusted, that is
+so for requests of the same route only.
 
 The state is guarded by the condition; nothing blocks while it is held. Only
 pool.py uses Host.
@@ -109,11 +111,19 @@ class Host:
         self._pause_until = 0
         # What all hear until then if the breaker is open
         self._broken = None
+        # {route: (until when, what its requests hear until then)}
+        self._barred = {}
         self._stopped = False
 
-    @property
-    def well(self):
-        return not self._failures
+    def well(self, route):
+        """Whether the last that was heard, by that route, is an answer, or nothing was"""
+        with self._cond:
+            return not self._failures and self._bar_of(route) is None
+
+    def _bar_of(self, route):
+        """Called with the condition held. The error that requests of route hear at present, or None"""
+        until, error = self._barred.get(route, (0, None))
+        return error if time.monotonic() < until else None
 
     def hurry(self, requests):
         """Move those of requests that are queued to the front"""
@@ -133,10 +143,11 @@ class Host:
 
     def submit(self, requests, again=False):
         """
-        Queue requests, which are all first or none. If they were queued before they come before all others again.
-        Those which cannot be hear it at once.
+        Queue requests, which are all first or none, and of one route. If they were queued before they come before all
+        others again. If they cannot be they hear it at once.
         """
-        error = None
+        if not requests:
+            return
         thread = None
         with self._cond:
             if self._stopped:
@@ -144,6 +155,8 @@ class Host:
             elif self._broken and time.monotonic() < self._pause_until:
                 error = self._broken
             else:
+                error = self._bar_of(requests[0].route)
+            if not error:
                 if again:
                     self._queue.extendleft(reversed(requests))
                 elif requests[0].first:
@@ -314,15 +327,33 @@ class Host:
                 self._latency = self._latency or self._login / LOGIN
                 self._be_idle()
                 thread = self._grow()
+            hopeless = isinstance(error, ConnectError) and not error.retryable
             # Connections fail together: that is one failure for who waits
-            if error and started >= self._failed_at and self._queue and self._queue[0].route == route:
+            if error and not hopeless and started >= self._failed_at and self._queue and self._queue[0].route == route:
                 request = self._queue.popleft()
             if error:
                 self._be_idle()
         self._start(thread)
-        if error:
+        if hopeless:
+            self._bar(route, error)
+        elif error:
             self._failed(request, error, started)
         return connection
+
+    def _bar(self, route, error):
+        """Requests of route fail for a while: it is how the host is reached that is wrong, or who asks"""
+        with self._cond:
+            self.trouble = str(error)
+            error = self._left_alone(error)
+            self._barred[route] = time.monotonic() + BREAKER_PAUSE, error
+            victims = [request for request in self._queue if request.route == route]
+            self._queue = collections.deque(request for request in self._queue if request.route != route)
+        for victim in victims:
+            finish(victim, None, error)
+
+    def _left_alone(self, error):
+        text = "%s is left alone for %s seconds: %s" % (self.origin.host, BREAKER_PAUSE, error)
+        return RefusedError(text) if isinstance(error, RefusedError) else ConnectError(text, retryable=False)
 
     def _connect(self, route):
         connection = self._class(self.origin, route, self.pool.timeout)
@@ -563,10 +594,10 @@ class Host:
                 error = Cancelled("the build has ended")
             elif isinstance(error, (RefusedError, ConnectError, TimedOutError)):
                 self._pause(error, started)
-            if self._broken:
-                error = self._broken
-                victims = list(self._queue)
-                self._queue.clear()
+                if self._broken:
+                    error = self._broken
+                    victims = list(self._queue)
+                    self._queue.clear()
             if request is not None:
                 if isinstance(error, RefusedError) and self._answers > request.answers:
                     # As long as the host answers others it will be this one's turn
@@ -601,10 +632,9 @@ class Host:
         if isinstance(error, RefusedError):
             failures = BREAKER_REFUSALS
             pause = max(pause, min(error.retry_after or 0, MAX_PAUSE))
-        if self._failures >= failures or not error.retryable:
+        if self._failures >= failures:
             self.trouble = str(error)
-            text = "%s is left alone for %s seconds: %s" % (self.origin.host, BREAKER_PAUSE, error)
-            self._broken = RefusedError(text) if isinstance(error, RefusedError) else ConnectError(text, retryable=False)
+            self._broken = self._left_alone(error)
             self._limit = 1
             pause = BREAKER_PAUSE
         self._pause_until = max(self._pause_until, time.monotonic() + pause)

@@ -53,9 +53,9 @@ class Memory:
         """As Pool.hurry()"""
         self._pool.hurry(*requests)
 
-    def well(self, origin):
+    def well(self, origin, route):
         """As Pool.well()"""
-        return self._pool.well(origin)
+        return self._pool.well(origin, route)
 
     def give_way(self):
         """As Pool.give_way()"""
@@ -64,7 +64,7 @@ class Memory:
     def _prepare(self, request):
         """Whether request has to be asked; its answer will be remembered then. If not, it is or will be answered."""
         key = request.key
-        well = self._pool.well(request.origin)
+        well = self._pool.well(request.origin, request.route)
         with self._lock:
             answer = self._known(key).get(request.url, _UNKNOWN)
             if request.method == "HEAD" and answer != _NO_FILE and not well:

@@ -60,11 +60,11 @@ class Pool:
         Queue requests, if first before all that are not first. Does not block, unless in the done of a request
         that fails at once.
         """
-        by_origin = {}
+        groups = {}
         for request in requests:
             request.first = request.first or first
-            by_origin.setdefault(request.origin, []).append(request)
-        for origin, group in by_origin.items():
+            groups.setdefault((request.origin, request.route), []).append(request)
+        for (origin, _), group in groups.items():
             with self._lock:
                 host = self._hosts.get(origin)
                 if host is None and not self._stopped:
@@ -109,11 +109,11 @@ class Pool:
         deadline = time.monotonic() + timeout
         return all([host.join(deadline) for host in hosts])
 
-    def well(self, origin):
-        """Whether the last that was heard of a host is an answer, or nothing is known of it"""
+    def well(self, origin, route):
+        """Whether the last that was heard of a host by that route is an answer, or nothing is known of it"""
         with self._lock:
             host = self._hosts.get(origin)
-        return host is None or host.well
+        return host is None or host.well(route)
 
     def give_way(self):
         """

@@ -40,11 +40,15 @@ MAX_DIGITS = 18
 # Without a port for sftp it is ssh's configuration that says which
 DEFAULT_PORTS = {"http": 80, "https": 443, "sftp": 0}
 
-# What of the fetcher's environment decides how a host is reached
+# What of the fetcher's environment decides how a host is reached. Of all that the fetcher exports for sftp(1), ssh gets
+# what its configuration may need, above all a ProxyCommand.
 HTTP_ENVIRONMENT = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY",
                     "SSL_CERT_FILE", "SSL_CERT_DIR")
-SSH_ENVIRONMENT = ("HOME", "PATH", "SSH_AUTH_SOCK", "SSH_AGENT_PID", "DBUS_SESSION_BUS_ADDRESS")
-ENVIRONMENT = HTTP_ENVIRONMENT + SSH_ENVIRONMENT
+ENVIRONMENT = HTTP_ENVIRONMENT + (
+    "HOME", "PATH", "USER", "LOGNAME", "SHELL", "SSH_AUTH_SOCK", "SSH_AGENT_PID", "DBUS_SESSION_BUS_ADDRESS",
+    "ALL_PROXY", "all_proxy", "SOCKS5_USER", "SOCKS5_PASSWD",
+    "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ROLE_ARN",
+    "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN")
 
 # scheme, host (in lower case, but for sftp), port number, user ("" if none)
 Origin = collections.namedtuple("Origin", "scheme host port user")
@@ -129,7 +133,7 @@ class Request:
         self.url = url
         if parts.scheme == "sftp":
             self._set_path(parts)
-            self.route = _ssh_route(tuple((name, self.environment[name]) for name in SSH_ENVIRONMENT if name in self.environment))
+            self.route = _ssh_route(tuple((name, self.environment[name]) for name in ENVIRONMENT if name in self.environment))
         else:
             self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
             self.route = route(self.origin, self.environment, self.verify)

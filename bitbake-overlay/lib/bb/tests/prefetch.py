@@ -32,7 +32,7 @@ class Files:
         name = "ab/%s-%s" % (tid, number)
         self.names = (name, name + ".siginfo")
         self.needed = 1
-        self.origin = "mirror.example"
+        self.mirror = "mirror.example", "route"
         self.size = 5
         self.umask = 0o002
 
@@ -60,7 +60,7 @@ class Connections:
     def give_way(self):
         pass
 
-    def well(self, origin):
+    def well(self, origin, route):
         return self.healthy and origin not in self.gone
 
     def keep_from_children(self, *fds):
@@ -293,6 +293,18 @@ class PrefetchTest(unittest.TestCase):
             self.prefetch.process()
             self.assertEqual(self.connections.tids()[0], "j")
 
+    def test_room_for_what_a_task_waits_for(self):
+        """Is not taken by what is fetched ahead"""
+        self.make({tid: set() for tid in "abcdefghij"}, window=10)
+        with unittest.mock.patch.multiple(prefetch, MAX_UNDER_WAY=8, MAX_AHEAD=6):
+            self.prefetch.process()
+            self.prefetch.process()
+            self.assertEqual(self.connections.tids(), ["a", "b", "c", "d", "e", "f"])
+            self.prefetch.awaits("j")
+            self.prefetch.process()
+            self.assertEqual(self.connections.tids()[0], "j")
+            self.assertEqual(len(self.connections.tids()), 7)
+
     def test_what_is_under_way_and_awaited_comes_first(self):
         self.make({tid: set() for tid in "abcd"}, window=4)
         self.prefetch.process()
@@ -385,7 +397,7 @@ class PrefetchTest(unittest.TestCase):
 
     def test_one_of_two_mirrors_is_gone(self):
         self.make(self.chain, window=4)
-        self.files["a"].origin = self.files["c"].origin = "other.example"
+        self.files["a"].mirror = self.files["c"].mirror = "other.example", "route"
         self.connections.gone.add("other.example")
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["b", "d", "e"])
@@ -486,6 +498,23 @@ class PrefetchTest(unittest.TestCase):
             self.assertFalse(self.prefetch.awaits("a"))
         self.assertEqual(self.connections.asked, [])
 
+    def test_fault_in_the_description_of_a_file(self):
+        self.make({"a": set(), "b": set()})
+        describe = self.files["a"].describe
+        self.files["a"].describe = lambda name: describe(name) if name == "ab/a-0" else [][0]
+        self.prefetch.process()
+        self.assertFalse(self.prefetch.awaits("a"))
+        self.assertEqual(self.connections.tids(), ["b"])
+
+    def test_long_names(self):
+        """As long as openembedded-core lets them become"""
+        self.make({"a" * 244: set()})
+        self.prefetch.process()
+        self.connections.answer()
+        self.connections.answer()
+        self.prefetch.process()
+        self.assertEqual([len(name) for name in self.names()], [249, 257])
+
     def test_buildable_beyond_the_window(self):
         """What was fetched ahead and cannot be started yet must not keep out what could be"""
         self.make({"a": {"c"}, "b": {"c"}, "c": set(), "d": set(), "e": set()}, window=1, threads=2)
@@ -575,8 +604,9 @@ class PrefetchTest(unittest.TestCase):
         """
         for seed in range(200):
             rand = random.Random(seed)
-            with self.subTest(seed=seed), unittest.mock.patch.multiple(prefetch, MAX_UNDER_WAY=rand.randint(1, 6), FILL_EACH=1000,
-                                                                       STARTS_EACH=rand.randint(1, 8)):
+            with self.subTest(seed=seed), unittest.mock.patch.multiple(
+                    prefetch, MAX_UNDER_WAY=rand.randint(1, 6), MAX_AHEAD=rand.randint(1, 6), FILL_EACH=1000,
+                    STARTS_EACH=rand.randint(1, 8)):
                 self.play(rand)
                 self.close()
                 shutil.rmtree(self.tempdir + "/ab", ignore_errors=True)
