@@ -249,7 +249,7 @@ def test_breaker_opens_fails_all_that_wait_and_closes_by_a_probe(pool, mirror, m
     assert mirror.peak == 1, "goes on with one connection"
 
 
-def test_a_certificate_that_is_refused_opens_the_breaker_at_once(pool, mirror):
+def test_a_certificate_that_is_refused_is_not_tried_again(pool, mirror):
     def connecting():
         raise ConnectError("certificate", retryable=False)
     mirror.connecting = connecting
@@ -267,7 +267,7 @@ class NotByProxy(PretendedConnection):
 
 
 def test_other_routes_go_on_when_one_cannot_be_used(pool, mirror):
-    """A recipe may have certificates, or a proxy, of its own, which are wrong"""
+    """A recipe may have certificates of its own, which are wrong"""
     mirror.kind = NotByProxy
     usual = Asked("HEAD", URL)
     pool.submit(usual.request)
@@ -280,6 +280,79 @@ def test_other_routes_go_on_when_one_cannot_be_used(pool, mirror):
         assert pool.well(usual.request.origin, usual.request.route)
         assert [one.status() for one in ask_all(pool, "HEAD", [URL] * 20)] == [200] * 20
     assert mirror.peak <= 4
+
+
+def test_only_the_requests_of_a_route_that_cannot_be_used_fail(pool, mirror):
+    mirror.kind = NotByProxy
+    pool.limit = 1
+    queued = threading.Event()
+    mirror.answer = lambda request: queued.wait(10) and Response(200, {}, 0)
+    asked = [Asked("HEAD", URL + str(i), {"http_proxy": "http://proxy.example"} if i % 3 == 1 else {}) for i in range(30)]
+    for one in asked:
+        pool.submit(one.request)
+    queued.set()
+    outcomes = [one.wait()[1] for one in asked]
+    assert [i for i, error in enumerate(outcomes) if error] == list(range(1, 30, 3))
+
+
+def test_a_route_that_could_not_be_used_is_tried_again(pool, mirror):
+    def connecting():
+        raise ConnectError("certificate", retryable=False)
+    mirror.connecting = connecting
+    failed = Asked("HEAD", URL)
+    pool.submit(failed.request)
+    assert failed.error()
+    host = pool._hosts[failed.request.origin]
+    late = Asked("HEAD", URL)
+    pool.submit(late.request)
+    assert late.answered, "is to fail at once"
+
+    # The time over, but nothing known
+    host._barred = {route: (0, error) for route, (_, error) in host._barred.items()}
+    assert not pool.well(failed.request.origin, failed.request.route)
+    mirror.connecting = lambda: None
+    probe = Asked("HEAD", URL)
+    pool.submit(probe.request)
+    assert probe.status() == 200
+    assert pool.well(failed.request.origin, failed.request.route)
+
+
+def test_one_connection_more_that_is_refused_for_good(pool, mirror):
+    """A proxy, or a sshd, may allow so many: those that work do, and nothing fails"""
+    allowed, refused = threading.Semaphore(2), threading.Event()
+
+    class OneOfTwo(PretendedConnection):
+        def connect(self):
+            if not allowed.acquire(blocking=False):
+                refused.set()
+                raise ConnectError("no more", retryable=False)
+            super().connect()
+
+    mirror.kind = OneOfTwo
+    mirror.answer = lambda request: refused.wait(10) and Response(200, {}, 0)
+    asked = ask_all(pool, "HEAD", [URL + str(i) for i in range(200)])
+    assert [one.status() for one in asked] == [200] * 200
+    assert mirror.peak == 2
+
+
+def test_who_waits_for_a_login_does_not_repeat_one_that_cannot_succeed(mirror):
+    """sshd counts those"""
+    mirror.serial, mirror.trial = True, False
+    begun, attempts = threading.Event(), []
+
+    def connecting():
+        attempts.append(1)
+        begun.wait(10)
+        raise ConnectError("permission denied", retryable=False)
+    mirror.connecting = connecting
+    pool = Pool(4, classes={"http": mirror, "https": mirror})
+    asked = ask_all(pool, "GET", [URL + str(i) for i in range(20)])
+    host, = pool._hosts.values()
+    wait_until(lambda: len(host._threads) == 4, "all threads")
+    begun.set()
+    assert ["permission denied" in str(one.error()) for one in asked] == [True] * 20
+    assert len(attempts) == 1
+    assert pool.stop()
 
 
 class Nowhere(PretendedConnection):

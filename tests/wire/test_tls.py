@@ -94,6 +94,8 @@ def test_missing_ca_file_is_not_the_default(peer, pool, tls, certificates, monke
     asked = ask(pool, there.url(), {"SSL_CERT_FILE": str(tmp_path / "missing"), "SSL_CERT_DIR": str(tmp_path / "none")})
     assert isinstance(asked.error(), ConnectError)
     assert there.requests == []
+    # Of another task that says nothing
+    assert ask(pool, there.url(), {"SSL_CERT_FILE": str(certificates.ca_file)}).status() == 200
 
 
 def test_ca_file_that_is_renewed(peer, tls, certificates, other_certificates, tmp_path):

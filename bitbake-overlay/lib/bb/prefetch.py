@@ -44,17 +44,18 @@ from bb.connections.request import MISSING, Request, last_modified
 
 logger = logging.getLogger("BitBake.RunQueue")
 
-# Objects under way at the same time, of which some are kept for those which a task waits for; and files that are open
-# for them, also those that nobody waits for any more
+# Objects under way at the same time, and files that are open for them, also those that nobody waits for any more: an
+# object has so many at most. For so many objects there is room only if a task waits for them.
 MAX_UNDER_WAY = 48
-MAX_AHEAD = 40
 MAX_OPEN = 144
-# What of an object's name, which may have as many characters as there can be, a temporary file has in its own
+MAX_FILES = 3
+RESERVED = 8
+# Characters of an object's name, which may be as long as names can be, that its temporary file's name begins with
 MAX_NAME = 220
 # Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
 # tasks whose objects are there should not wait for those of many others. As each turn has threads to wake up, what
 # nobody waits for is also put off until there are so many answers, or room for so many objects, at most an eighth of
-# the window; but room is not left longer than FILL_EACH, in seconds.
+# the window; but from turn to turn room is not left longer than FILL_EACH, in seconds.
 ANSWERS_EACH = 8
 STARTS_EACH = 8
 FILL_EACH = 1
@@ -174,9 +175,13 @@ class Prefetch:
         except bb.BBHandledException:
             raise
         except Exception as e:
-            logger.debug("Fetching sstate objects ahead failed", exc_info=True)
-            logger.warning("Fetching sstate objects ahead of their tasks failed, they do it themselves: %r" % e)
-            self.stop()
+            self._fail(e)
+
+    def _fail(self, error):
+        """A fault of ours"""
+        logger.debug("Fetching sstate objects ahead failed", exc_info=True)
+        logger.warning("Fetching sstate objects ahead of their tasks failed, they do it themselves: %r" % error)
+        self.stop()
 
     def _process(self):
         # It may end at any time, and says so to whoever asks it for something then
@@ -195,7 +200,7 @@ class Prefetch:
             self._answered(*self._answers.popleft())
         first, later = [], []
         starts = STARTS_EACH
-        while starts and self._has_room() and self._wanted and self._may_start():
+        while starts and self._room() > 0 and self._wanted and self._may_start():
             starts -= 1
             tid = self._wanted.popleft()
             if self._fetchable(tid):
@@ -205,11 +210,9 @@ class Prefetch:
         memory.submit(*first, first=True)
         hurried, self._hurried = self._hurried, []
         memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
-        room = min(self._window - len(self._ahead), MAX_AHEAD - len(self._under_way))
         now = time.monotonic()
-        enough = room >= min(STARTS_EACH, self._window // 8) or now - self._filled_at > FILL_EACH
-        while (enough and starts and len(self._under_way) < MAX_AHEAD and self._has_room() and
-               len(self._ahead) < self._window):
+        enough = self._room_ahead() >= min(STARTS_EACH, self._window // 8) or now - self._filled_at > FILL_EACH
+        while enough and starts and self._room_ahead() > 0:
             starts -= 1
             tid = self._following(memory)
             if tid is None:
@@ -225,8 +228,13 @@ class Prefetch:
             memory.give_way()
         self._tell()
 
-    def _has_room(self):
-        return len(self._under_way) < MAX_UNDER_WAY and self._open < MAX_OPEN
+    def _room(self):
+        """For how many more objects"""
+        return min(MAX_UNDER_WAY - len(self._under_way), (MAX_OPEN - self._open) // MAX_FILES)
+
+    def _room_ahead(self):
+        """For how many that no task waits for"""
+        return min(self._room() - RESERVED, self._window - len(self._ahead))
 
     def _forget(self):
         """Give up what no task will take"""
@@ -329,10 +337,12 @@ class Prefetch:
             # The first is the object, without which the others are of no use
             requests = [self._request(transfer, name) for name in files.names]
         except Exception as e:
-            # Whatever it is, the task does what it always did
-            logger.debug("Not fetching ahead for %s: %s", tid, e)
             self.awaited.discard(tid)
             self._close(transfer)
+            if isinstance(e, (OSError, ValueError, bb.fetch2.BBFetchException, bb.data_smart.ExpansionError)):
+                logger.debug("Not fetching ahead for %s: %s", tid, e)
+            else:
+                self._fail(e)
             return []
         transfer.hurried = tid in self.awaited
         logger.debug2("Fetching %s for %s", "now" if transfer.hurried else "ahead", tid)

@@ -75,8 +75,8 @@ class Item:
 
 class Host:
     """
-    What became of the requests to a mirror at origin, the first of them by route. reason is why the first that has no
-    answer has none.
+    What became of the requests to a mirror at origin. route is that of the first request, reason why the first that
+    has no answer has none.
     """
     def __init__(self, origin, route):
         self.origin = origin

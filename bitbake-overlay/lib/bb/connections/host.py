@@ -14,9 +14,9 @@ A host that refuses (408, 429, 503, closed without an answer) is asked after a p
 over half the connections and with half the depth; one more, and twice the
 depth, after each RISE_AFTER answers. A host that does nothing else, cannot be
 reached or stays silent is left alone for BREAKER_PAUSE seconds: requests fail
-at once until then, and the next one after that is the probe. Where it is sure
-that it cannot be reached, as with a certificate that is not trusted, that is
-so for requests of the same route only.
+at once until then, and the next one after that is the probe. Where trying again
+would not help, as with a certificate that is not trusted, that is so for requests
+of the same route only; if others of its connections work it just gets no more.
 
 The state is guarded by the condition; nothing blocks while it is held. Only
 pool.py uses Host.
@@ -99,7 +99,8 @@ class Host:
         # one, and how many connect
         self._idle = set()
         self._connecting = 0
-        self._limit = pool.limit
+        # How many connections it may have now, and at most
+        self._limit = self._most = pool.limit
         self._depth = pool.depth
         self._pipelining = Pipelining(self._class.trial and pool.depth > 1)
         self._answers = 0
@@ -111,19 +112,14 @@ class Host:
         self._pause_until = 0
         # What all hear until then if the breaker is open
         self._broken = None
-        # {route: (until when, what its requests hear until then)}
+        # {route that could not be used, and was not since: (until when, what its requests hear until then)}
         self._barred = {}
         self._stopped = False
 
     def well(self, route):
         """Whether the last that was heard, by that route, is an answer, or nothing was"""
         with self._cond:
-            return not self._failures and self._bar_of(route) is None
-
-    def _bar_of(self, route):
-        """Called with the condition held. The error that requests of route hear at present, or None"""
-        until, error = self._barred.get(route, (0, None))
-        return error if time.monotonic() < until else None
+            return not self._failures and route not in self._barred
 
     def hurry(self, requests):
         """Move those of requests that are queued to the front"""
@@ -155,7 +151,8 @@ class Host:
             elif self._broken and time.monotonic() < self._pause_until:
                 error = self._broken
             else:
-                error = self._bar_of(requests[0].route)
+                until, error = self._barred.get(requests[0].route, (0, None))
+                error = error if time.monotonic() < until else None
             if not error:
                 if again:
                     self._queue.extendleft(reversed(requests))
@@ -317,43 +314,50 @@ class Host:
             error = e
         except Exception as e:
             error = internal(e)
+        hopeless = isinstance(error, ConnectError) and not error.retryable
         thread = None
+        victims = []
         with self._cond:
             self._connecting -= 1
             self._turn.notify_all()
             request = None
+            if connection:
+                self._barred.pop(route, None)
             if connection and self._class.serial:
                 self._login = time.monotonic() - started
                 self._latency = self._latency or self._login / LOGIN
                 self._be_idle()
                 thread = self._grow()
-            hopeless = isinstance(error, ConnectError) and not error.retryable
+            if hopeless:
+                victims = self._bar(route, error)
             # Connections fail together: that is one failure for who waits
-            if error and not hopeless and started >= self._failed_at and self._queue and self._queue[0].route == route:
+            elif error and started >= self._failed_at and self._queue and self._queue[0].route == route:
                 request = self._queue.popleft()
             if error:
                 self._be_idle()
         self._start(thread)
-        if hopeless:
-            self._bar(route, error)
-        elif error:
+        for victim in victims:
+            finish(victim, None, self._left_alone(error))
+        if error and not hopeless:
             self._failed(request, error, started)
         return connection
 
     def _bar(self, route, error):
-        """Requests of route fail for a while: it is how the host is reached that is wrong, or who asks"""
-        with self._cond:
-            self.trouble = str(error)
-            error = self._left_alone(error)
-            self._barred[route] = time.monotonic() + BREAKER_PAUSE, error
-            victims = [request for request in self._queue if request.route == route]
-            self._queue = collections.deque(request for request in self._queue if request.route != route)
-        for victim in victims:
-            finish(victim, None, error)
-
-    def _left_alone(self, error):
-        text = "%s is left alone for %s seconds: %s" % (self.origin.host, BREAKER_PAUSE, error)
-        return RefusedError(text) if isinstance(error, RefusedError) else ConnectError(text, retryable=False)
+        """
+        Called with the condition held. It is how the host is reached that is wrong, or who asks. Returns those that
+        hear it.
+        """
+        if self._connecting or any(one.reusable and one.route == route for one in list(self.connections)):
+            # There can be less of them than we want
+            self._most = max(1, len(self._threads) - 1)
+            self._limit = min(self._limit, self._most)
+            return []
+        self.trouble = str(error)
+        self._most = self.pool.limit
+        self._barred[route] = time.monotonic() + BREAKER_PAUSE, self._left_alone(error)
+        victims = [request for request in self._queue if request.route == route]
+        self._queue = collections.deque(request for request in self._queue if request.route != route)
+        return victims
 
     def _connect(self, route):
         connection = self._class(self.origin, route, self.pool.timeout)
@@ -521,7 +525,7 @@ class Host:
         before = self._answers
         self._answers += count
         if self._answers // RISE_AFTER > before // RISE_AFTER:
-            self._limit = min(self._limit + 1, self.pool.limit)
+            self._limit = min(self._limit + 1, self._most)
             self._depth = min(self._depth * 2, self.pool.depth)
         return self._grow()
 
@@ -641,6 +645,11 @@ class Host:
         # Who waits waits longer, or leaves because of the new limit
         self._cond.notify_all()
         self._turn.notify_all()
+
+    def _left_alone(self, error):
+        """The error that who comes later hears because of error"""
+        text = "%s is left alone for %s seconds: %s" % (self.origin.host, BREAKER_PAUSE, error)
+        return RefusedError(text) if isinstance(error, RefusedError) else ConnectError(text, retryable=False)
 
     def _answer(self, request, response):
         location = response.headers.get("location")

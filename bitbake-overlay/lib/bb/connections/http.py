@@ -109,8 +109,7 @@ class HTTPConnection:
             if self.origin.scheme == "https":
                 if self.route.proxy:
                     self._tunnel()
-                with _contexts:
-                    context = bb.utils.tls_context(self.route.verify, self.route.cafile, self.route.capath)
+                context = self._context()
                 # The handshake in a step of its own, for abort() to find the socket
                 self._own(context.wrap_socket(self._sock, server_hostname=self.origin.host,
                                               do_handshake_on_connect=False))
@@ -124,6 +123,13 @@ class HTTPConnection:
         if self._aborted:
             raise Cancelled("aborted")
         self.reusable = True
+
+    def _context(self):
+        try:
+            with _contexts:
+                return bb.utils.tls_context(self.route.verify, self.route.cafile, self.route.capath)
+        except OSError as e:
+            raise ConnectError("certificates for %s: %s" % (self.origin.host, e), retryable=False) from e
 
     def _connect(self, host, port):
         deadline = time.monotonic() + self.timeout

@@ -64,7 +64,7 @@ Response = collections.namedtuple("Response", "status headers length")
 class SSHRoute:
     """
     How ssh is started: its environment, a tuple of (name, value). PATH, which is another one for each recipe, has to
-    find the same ssh for two to be equal. Then one connection serves both.
+    find the same ssh for two to be equal. Then one connection serves both, with the PATH of the one that came first.
     """
     __slots__ = ("environment", "_compared")
 

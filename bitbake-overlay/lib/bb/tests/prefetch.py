@@ -283,7 +283,7 @@ class PrefetchTest(unittest.TestCase):
 
     def test_wakes_the_runqueue_for_room(self):
         self.make({tid: set() for tid in "abcdefghij"}, window=10)
-        with unittest.mock.patch.object(prefetch, "MAX_UNDER_WAY", 8):
+        with unittest.mock.patch.multiple(prefetch, MAX_UNDER_WAY=8, RESERVED=0):
             self.prefetch.process()
             self.prefetch.awaits("j")
             self.prefetch.process()
@@ -296,7 +296,7 @@ class PrefetchTest(unittest.TestCase):
     def test_room_for_what_a_task_waits_for(self):
         """Is not taken by what is fetched ahead"""
         self.make({tid: set() for tid in "abcdefghij"}, window=10)
-        with unittest.mock.patch.multiple(prefetch, MAX_UNDER_WAY=8, MAX_AHEAD=6):
+        with unittest.mock.patch.multiple(prefetch, MAX_UNDER_WAY=8, RESERVED=2):
             self.prefetch.process()
             self.prefetch.process()
             self.assertEqual(self.connections.tids(), ["a", "b", "c", "d", "e", "f"])
@@ -498,13 +498,24 @@ class PrefetchTest(unittest.TestCase):
             self.assertFalse(self.prefetch.awaits("a"))
         self.assertEqual(self.connections.asked, [])
 
-    def test_fault_in_the_description_of_a_file(self):
+    def test_file_that_cannot_be_described(self):
         self.make({"a": set(), "b": set()})
-        describe = self.files["a"].describe
-        self.files["a"].describe = lambda name: describe(name) if name == "ab/a-0" else [][0]
-        self.prefetch.process()
+        error = bb.data_smart.ExpansionError("X", "${X}", KeyError("X"))
+        with unittest.mock.patch.object(self.files["a"], "describe", side_effect=[self.files["a"].describe("ab/a-0"), error]):
+            self.prefetch.process()
         self.assertFalse(self.prefetch.awaits("a"))
         self.assertEqual(self.connections.tids(), ["b"])
+
+    def test_fault_of_ours_while_files_are_opened(self):
+        """What was begun before it is given up as well"""
+        self.make({"b": set(), "a": set()})
+        with unittest.mock.patch.object(self.files["a"], "describe", side_effect=KeyError), \
+                self.assertLogs("BitBake", "WARNING") as logs:
+            self.prefetch.process()
+            self.prefetch.process()
+        self.assertEqual(len(logs.output), 1)
+        self.assertFalse(self.prefetch.awaits("b"))
+        self.assertEqual([request.cancelled for request in self.connections.asked], [True, True])
 
     def test_long_names(self):
         """As long as openembedded-core lets them become"""
@@ -605,7 +616,7 @@ class PrefetchTest(unittest.TestCase):
         for seed in range(200):
             rand = random.Random(seed)
             with self.subTest(seed=seed), unittest.mock.patch.multiple(
-                    prefetch, MAX_UNDER_WAY=rand.randint(1, 6), MAX_AHEAD=rand.randint(1, 6), FILL_EACH=1000,
+                    prefetch, MAX_UNDER_WAY=rand.randint(1, 6), RESERVED=rand.randint(0, 3), FILL_EACH=1000,
                     STARTS_EACH=rand.randint(1, 8)):
                 self.play(rand)
                 self.close()
