@@ -47,7 +47,7 @@ from netqueue.buildpicture import draw
 from netqueue.certificates import make_certificates
 from netqueue.delay import delayed
 from netqueue.layer import Build
-from netqueue.oecore import OEBuild, clones, sources_of_environment
+from netqueue.oecore import OEBuild, TargetBuild, clones, sources_of_environment
 from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
 from netqueue.report import Progress
 from netqueue.trees import shared_tree
@@ -85,22 +85,30 @@ def add_options(parser):
     parser.add_argument("--objects", type=positive, default=300, metavar="N",
                         help="objects of a cell, of mixed size (default: %(default)s)")
     parser.add_argument("--small-objects", type=positive, default=2000, metavar="N",
-                        help="objects of a cell with small ones, where stock and sftp run once (default: %(default)s)")
+                        help="objects of a cell with small ones, where stock runs once (default: %(default)s)")
     parser.add_argument("--rate", type=positive, default=8, metavar="MIB",
                         help="the cap, in MiB a second (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=8, metavar="N",
                         help="BB_NUMBER_THREADS (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each; the median counts "
-                        "(default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each, but one of sftp(1), which takes "
+                        "minutes; the median counts (default: %(default)s)")
     parser.add_argument("--real-classes", action="store_true", help="builds with openembedded-core's classes, on clones of "
                         "the checkouts that BITBAKEDIR and OECOREDIR name")
+    parser.add_argument("--target", metavar="NAME", help="with --real-classes: restores all that this target of "
+                        "openembedded-core needs, from made-up objects")
     add_json(parser)
     add_work(parser)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw stock beside patched into FILE")
 
 
 def run(options):
+    if options.target and not options.real_classes:
+        raise Problem("--target is for --real-classes")
     cells = [parse(name, options) for name in (MATRIX if options.matrix else options.cell or DEFAULT)]
+    if options.target:
+        cells = [cell for cell in cells if not cell.small]
+        if not cells:
+            raise Problem("--target: its objects are not small ones")
     enter_venv()
     done, problems = [], []
     with work_folder("build-", options.work) as work:
@@ -154,7 +162,9 @@ class Bench:
 
     def measure(self, cell):
         """The row of a cell: what it is, and {variant: figures}."""
-        files = self.fill(cell.objects, cell.small)
+        files = self.fill(cell)
+        if self.options.target:
+            cell = dataclasses.replace(cell, objects=len(listing(files)) // 2)
         size = sum(path.stat().st_size for path in files.rglob("sstate:*"))
         row = {"cell": cell.name, "objects": cell.objects, "mib": round(size / MIB, 1), "variants": {}}
         runs, link = {}, None
@@ -185,7 +195,7 @@ class Bench:
         yield OFF, self.build(place, OFF, PATCHED, PREFETCH_OFF)
         yield PATCHED, self.build(place, PATCHED, PATCHED)
         for tool, download in tools(place.cell.protocol):
-            # One file after the other: that takes minutes
+            # That takes minutes
             if tool != "sftp" or turn == 0:
                 yield from self.script(place, tool, download)
         for tree, variant in LOCAL.items():
@@ -224,7 +234,7 @@ class Bench:
             shutil.copytree(local, build.sstate)
         with build:
             count = Count(place)
-            result = build.run(["--setscene-only", "demo-all"], timeout=SECONDS, progress=self.progress.follow)
+            result = build.run(["--setscene-only", build.target], timeout=SECONDS, progress=self.progress.follow)
             count.stop()
             cpu, server = cpuseconds.of_rested_build(build)
         self.progress.done()
@@ -234,8 +244,8 @@ class Bench:
         return count.figures(result.seconds, lost, cpu, server)
 
     def make_build(self, place, name, tree, conf):
-        build = make_build(place.folder / name.replace(" ", "-"), self.trees[tree], place.cell, self.options.threads, conf,
-                           BuildMirror(place.url))
+        build = self.new_build(place.folder / name.replace(" ", "-"), tree, place.cell, self.options.threads, conf,
+                               BuildMirror(place.url))
         variables = dict(place.mirror.variables)
         if "PATH" in variables:
             variables["PATH"] = "%s:%s" % (place.mirror.served.tools, build.environment["PATH"])
@@ -245,30 +255,37 @@ class Bench:
             shutil.copy(wgetrc, build.home)
         return build
 
-    def fill(self, objects, small):
-        """Build every object once. Returns the folder that a mirror serves."""
-        key = "%d-%s" % (objects, "small" if small else "mixed")
+    def fill(self, cell):
+        """Make every object once. Returns the folder that a mirror serves."""
+        key = "%d-%s" % (cell.objects, "small" if cell.small else "mixed")
         if key not in self.filled:
-            self.progress.step("filling a mirror with %d objects" % objects)
-            cell = Cell(key, "", 0, None, small, objects)
-            with make_build(self.work / ("fill-" + key), self.trees[STOCK], cell, os.cpu_count() or 2) as build:
-                result = build.run(["demo-all"], timeout=SECONDS, progress=self.progress.follow)
-                if result.returncode or len(build.archives()) != objects:
-                    raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
+            self.progress.step("filling a mirror with %s" % (self.options.target or "%d objects" % cell.objects))
+            with self.new_build(self.work / ("fill-" + key), STOCK, cell, os.cpu_count() or 2) as build:
+                if self.options.target:
+                    build.make_objects(self.progress.follow)
+                else:
+                    result = build.run([build.target], timeout=SECONDS, progress=self.progress.follow)
+                    if result.returncode or len(build.archives()) != cell.objects:
+                        raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
+                for path in build.sstate.rglob("*.siginfo"):
+                    # Of a task that has no object: nobody fetches it
+                    if not path.with_suffix("").exists():
+                        path.unlink()
                 self.filled[key] = self.work / key
                 build.sstate.rename(self.filled[key])
             self.progress.done()
         return self.filled[key]
 
-
-def make_build(folder, tree, cell, threads, conf="", mirror=None):
-    kind = OEBuild if tree.oecore else Build
-    build = kind(folder, tree, objects=cell.objects, threads=threads, extra_conf=conf, mirror=mirror,
-                  environment=cpuseconds.RESIDENT)
-    if cell.small:
-        build.sizes = {name: 1024 + 7 * number % 4096 for number, name in enumerate(build.sizes)}
-        build.write()
-    return build
+    def new_build(self, folder, tree, cell, threads, conf="", mirror=None):
+        tree = self.trees[tree]
+        options = {"threads": threads, "extra_conf": conf, "mirror": mirror, "environment": cpuseconds.RESIDENT}
+        if self.options.target:
+            return TargetBuild(folder, tree, self.options.target, **options)
+        build = (OEBuild if tree.oecore else Build)(folder, tree, objects=cell.objects, **options)
+        if cell.small:
+            build.sizes = {name: 1024 + 7 * number % 4096 for number, name in enumerate(build.sizes)}
+            build.write()
+        return build
 
 
 @dataclasses.dataclass

@@ -42,8 +42,11 @@ class Build:
     environment    variables for bitbake, beside PATH, HOME and what the mirror is known by
     levels         the longest chain of dependencies: a build restores in so many waves
 
+    target         what restores all of them
     prefix         the words of a program that runs bitbake with less than the caller may, such as prlimit
     """
+
+    target = "demo-all"
 
     def __init__(self, directory, tree, objects=3, mirror=None, threads=4, extra_conf="",
                  multiconfigs=None, recipes=None, environment=None, levels=LEVELS):

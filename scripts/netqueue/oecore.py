@@ -1,6 +1,10 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""Builds with the classes of openembedded-core, of recipes that need no compiler, no source and no other recipe.
+"""Builds with the classes of openembedded-core.
+
+OEBuild is one of recipes that need no compiler, no source and no other recipe.
+TargetBuild is one of openembedded-core's own recipes: their objects are made up,
+since it is only about restoring them.
 
 `scripts/bench build --real-classes` and the tests of checkouts call this. The
 user's checkouts are cloned at the pinned commit and not written to.
@@ -12,9 +16,12 @@ user's checkouts are cloned at the pinned commit and not written to.
 
 import os
 import re
+import subprocess
+import tempfile
+import types
 from pathlib import Path
 
-from netqueue import Problem, checkout
+from netqueue import Problem, checkout, objects
 from netqueue.git import git, git_ok
 from netqueue.layer import HEADER, Build
 from netqueue.series import load_bases, patch_files
@@ -23,6 +30,7 @@ from netqueue.trees import checkout as bitbake_tree
 BASE = "master"
 VARIABLES = {"bitbake": "BITBAKEDIR", "openembedded-core": "OECOREDIR"}
 MACHINE = "qemux86-64"
+SECONDS = 3600
 
 CLASS = """
 # A recipe with one sstate object
@@ -80,6 +88,16 @@ CACHE = "${TOPDIR}/cache"
 SSTATE_DIR = "${TOPDIR}/sstate"
 DL_DIR = "${TOPDIR}/downloads"
 """
+
+# What the object of a task has: the folders that the class installs from. The first of populate_sysroot is that of
+# native and cross recipes.
+FOLDERS = {"populate_sysroot": ("recipe-sysroot-native", "sysroot-destdir"), "populate_lic": ("license-destdir",),
+           "package": ("package", "packages-split", "pkgdata"), "packagedata": ("pkgdata-pdata-input",),
+           "package_write_ipk": ("deploy-ipks",), "deploy_source_date_epoch": ("source-date-epoch",),
+           "stash_locale": ("stashed-locale",), "deploy": ("deploy-%s",)}
+SIGINFO_SIZE = 8192
+# What its file name says after the hash
+OBJECT = re.compile(r".*/sstate:([^:]+):.*:[0-9a-f]{64}_(\w+)\.tar\.zst")
 
 LAYER = """
 BBPATH .= ":${LAYERDIR}"
@@ -165,3 +183,57 @@ class OEBuild(Build):
         deployed = self.tmp / "deploy" / "images" / MACHINE
         return [name for name, size in self.sizes.items()
                 if (deployed / (name + ".blob")).is_file() and (deployed / (name + ".blob")).stat().st_size == size]
+
+
+class TargetBuild(OEBuild):
+    """As OEBuild, of a target of openembedded-core with all of its recipes."""
+
+    def __init__(self, directory, tree, target, **options):
+        self.target = target
+        super().__init__(directory, tree, objects=0, **options)
+
+    def _local_conf(self):
+        return super()._local_conf() + 'BBMASK = ""\n'
+
+    def make_objects(self, progress=None):
+        """Make up the objects that the target needs, in SSTATE_DIR. Raises Problem if they cannot be restored."""
+        arguments = ["--setscene-only", self.target]
+        result = self.run(["-DD", *arguments], timeout=SECONDS, progress=progress)
+        made = self.directory / "made-up"
+        names = sorted(set(re.findall(r"didn't find file %s/(\S+)" % re.escape(str(self.sstate)), result.output)))
+        for number, name in enumerate(names):
+            make_up(made / name, objects.object_size(number))
+        # Not all of them are installed: those that are leave a link
+        self.mirror = types.SimpleNamespace(url="file://%s" % made)
+        self.write()
+        result = self.run(arguments, timeout=SECONDS, progress=progress)
+        for path in self.sstate.rglob("sstate:*"):
+            path.resolve().rename(path)
+        restored, archives = len(self.restored()), len(self.archives())
+        if result.returncode or not archives or archives != restored:
+            raise Problem("made-up objects of %s could not be restored: bitbake ended with %d, and restored %d of %d" %
+                          (self.target, result.returncode, restored, archives))
+
+    def restored(self, multiconfig="default"):
+        """The names of the manifests of what was restored."""
+        return sorted(path.name for path in (self.tmp / "sstate-control").glob("manifest-*"))
+
+    def archives(self):
+        """As Build.archives(). Native ones are in a folder of their own."""
+        return sorted(self.sstate.rglob("sstate:*.tar.zst"))
+
+
+def make_up(path, size):
+    """An object with folders that have a file of so many bytes each, and its siginfo. Raises Problem."""
+    match = OBJECT.fullmatch(str(path))
+    if not match:
+        raise Problem("%s is not the name of an object" % path.name)
+    recipe, task = match.groups()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as content:
+        for folder in FOLDERS.get(task, ()):
+            file = Path(content, folder % recipe if "%" in folder else folder, "usr/share/made-up", "%s.%s" % (recipe, task))
+            file.parent.mkdir(parents=True)
+            file.write_bytes(objects.object_content(recipe + task, size))
+        subprocess.run(["tar", "--zstd", "-cf", str(path), "-C", content, "."], check=True)
+    Path("%s.siginfo" % path).write_bytes(objects.object_content(recipe + task, SIGINFO_SIZE))

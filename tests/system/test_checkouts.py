@@ -8,13 +8,14 @@ take minutes.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from netqueue import environment
-from netqueue.oecore import MissingPrograms, OEBuild, clones
+from netqueue.oecore import MissingPrograms, OEBuild, TargetBuild, clones
 from netqueue.running import stop_processes
 from system.observe import damaged, problems, snapshot, summary
 
@@ -25,6 +26,8 @@ SELFTESTS = ["bb.tests.runqueue", "bb.tests.fetch"]
 SELFTEST_SECONDS = 1200
 BUILD_SECONDS = 600
 RECIPES = 30
+# It needs native and cross recipes, libraries, and some hundred objects in all
+TARGET = "zlib"
 # What is fetched ahead of its task takes no slot
 LIMITED = 'BB_NUMBER_NETWORK_THREADS = "2"\nBB_SETSCENE_PREFETCH = "0"\n'
 # Some tests commit without saying who they are, and one forgets that BB_SKIP_NETTESTS is set
@@ -160,3 +163,33 @@ def test_real_classes(protocol, trees, real_files, any_mirror, tmp_path):
         assert summary(outputs[name]).requests == counters[name].requests
     assert "Network tasks" not in outputs["patched"]
     assert "NOTE: Network tasks: at most 2 of 2 at a time" in outputs["limited"]
+
+
+@pytest.fixture(scope="module")
+def target_files(trees, tmp_path_factory):
+    """The folder of a mirror with made-up objects of all that TARGET needs"""
+    with TargetBuild(tmp_path_factory.mktemp("fill") / "build", trees["stock"], TARGET, threads=8) as build:
+        try:
+            build.make_objects()
+        except MissingPrograms as problem:
+            pytest.skip(str(problem))
+    return build.sstate
+
+
+@pytest.mark.parametrize("protocol", ["http", "sftp"])
+def test_target(protocol, trees, target_files, any_mirror, tmp_path):
+    """What openembedded-core's own recipes set lets their objects be fetched ahead, and their tasks share connections."""
+    number = len(list(target_files.rglob("sstate:*.tar.zst")))
+    server = any_mirror(protocol, target_files)
+    for conf in ("", LIMITED):
+        server.reset()
+        with TargetBuild(tmp_path / "patched", trees["patched"], TARGET, threads=8, mirror=server, extra_conf=conf) as build:
+            for folder in (build.tmp, build.sstate):
+                shutil.rmtree(folder, ignore_errors=True)
+            result = restore(build, "-DD", "--setscene-only", TARGET)
+        assert len(build.restored()) == number
+        assert damaged(build.sstate, target_files) == []
+        told = summary(result.output)
+        assert (told.objects, told.connections <= 4) == (number, True)
+        assert told.connections == server.counters().connections
+        assert result.output.count("Fetched ahead for") == (0 if conf else number)
