@@ -18,7 +18,8 @@ objects are restored, from the same server, in turns by
 
 and beside these the parts of the last one alone: the download by each tool
 (curl; sftp and, if it is installed, lftp), and the build with everything local,
-for both trees. Recipes are parsed before. The median counts.
+for both trees. The first run of each is not counted: recipes are parsed in it.
+The median counts.
 
 The mirror and the proxy run on the processors that the build runs on, which a
 mirror elsewhere would not, and they have nothing to do where all is local. So
@@ -225,9 +226,9 @@ class Bench:
         self.progress.step("%s: %s%s" % (cell.name, name, ", everything local" if local else ""))
         if build is None:
             build = place.builds[name] = self.make_build(place, name, tree, conf)
-            # Recipes are parsed once
+            # Recipes are parsed once, and what else there is to be found out
             with build:
-                build.run(["-p"], timeout=SECONDS)
+                build.run(["--setscene-only", build.target], timeout=SECONDS, progress=self.progress.follow)
         for folder in (build.tmp, build.sstate):
             put_away(folder, self.work)
         if local:

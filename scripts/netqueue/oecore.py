@@ -72,17 +72,14 @@ do_build[depends] = "%s"
 """
 
 CONF = """
-MACHINE = "%(machine)s"
+MACHINE = "%s"
 DISTRO = "nodistro"
 INHERIT:remove = "sanity uninative create-spdx"
 PACKAGE_CLASSES = "package_ipk"
 BB_HASHSERVE = ""
 BB_SIGNATURE_HANDLER = "OEBasicHash"
-BBMASK = "%(oecore)s/meta/recipes-"
 CONNECTIVITY_CHECK_URIS = ""
-PATCHDEPENDENCY = ""
 WARN_QA:remove = "license-format"
-ASSUME_PROVIDED += "virtual/fakeroot-native quilt-native pseudo-native patch-replacement-native"
 TMPDIR = "${TOPDIR}/tmp"
 CACHE = "${TOPDIR}/cache"
 SSTATE_DIR = "${TOPDIR}/sstate"
@@ -98,6 +95,13 @@ FOLDERS = {"populate_sysroot": ("recipe-sysroot-native", "sysroot-destdir"), "po
 SIGINFO_SIZE = 8192
 # What its file name says after the hash
 OBJECT = re.compile(r".*/sstate:([^:]+):.*:[0-9a-f]{64}_(\w+)\.tar\.zst")
+
+# Without any recipe of openembedded-core
+OWN_CONF = """
+BBMASK = "%s/recipes-"
+PATCHDEPENDENCY = ""
+ASSUME_PROVIDED += "virtual/fakeroot-native quilt-native pseudo-native patch-replacement-native"
+"""
 
 LAYER = """
 BBPATH .= ":${LAYERDIR}"
@@ -146,6 +150,8 @@ def clones(folder, sources, patched):
 
 class OEBuild(Build):
     """As Build, of trees that clones() has returned."""
+    # Whether there are only our own recipes
+    own = True
 
     def write(self):
         for name, text in {"conf/layer.conf": LAYER % " ".join(load_bases()[BASE]["openembedded-core"]["series"]),
@@ -158,7 +164,7 @@ class OEBuild(Build):
         self._write_conf(self.tree.oecore / "meta", self.layer)
 
     def _local_conf(self):
-        return super()._local_conf() + CONF % {"machine": MACHINE, "oecore": self.tree.oecore}
+        return super()._local_conf() + CONF % MACHINE + (OWN_CONF % (self.tree.oecore / "meta") if self.own else "")
 
     @staticmethod
     def _write(path, text):
@@ -187,18 +193,18 @@ class OEBuild(Build):
 
 class TargetBuild(OEBuild):
     """As OEBuild, of a target of openembedded-core with all of its recipes."""
+    own = False
 
     def __init__(self, directory, tree, target, **options):
         self.target = target
         super().__init__(directory, tree, objects=0, **options)
 
-    def _local_conf(self):
-        return super()._local_conf() + 'BBMASK = ""\n'
-
     def make_objects(self, progress=None):
         """Make up the objects that the target needs, in SSTATE_DIR. Raises Problem if they cannot be restored."""
         arguments = ["--setscene-only", self.target]
         result = self.run(["-DD", *arguments], timeout=SECONDS, progress=progress)
+        if result.returncode:
+            raise Problem("bitbake %s ended with %d" % (self.target, result.returncode))
         made = self.directory / "made-up"
         names = sorted(set(re.findall(r"didn't find file %s/(\S+)" % re.escape(str(self.sstate)), result.output)))
         for number, name in enumerate(names):
