@@ -44,12 +44,12 @@ from bb.connections.request import MISSING, Request, last_modified
 
 logger = logging.getLogger("BitBake.RunQueue")
 
-# Objects under way at the same time, and files that are open for them, also those that nobody waits for any more: an
-# object has so many at most. For so many objects there is room only if a task waits for them.
+# Objects under way at the same time, some of which are kept for those that a task waits for
 MAX_UNDER_WAY = 48
-MAX_OPEN = 144
-MAX_FILES = 3
 RESERVED = 8
+# Files of an object, and files that are open for all of them, also those that nobody waits for any more
+MAX_FILES = 3
+MAX_OPEN = MAX_UNDER_WAY * MAX_FILES
 # Characters of an object's name, which may be as long as names can be, that its temporary file's name begins with
 MAX_NAME = 220
 # Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
