@@ -47,9 +47,9 @@ from netqueue.benchfiles import add_json, add_work, put_away, settings, work_fol
 from netqueue.buildpicture import draw
 from netqueue.certificates import make_certificates
 from netqueue.delay import delayed
-from netqueue.layer import Build
+from netqueue.layer import Build, BuildMirror
 from netqueue.oecore import OEBuild, TargetBuild, clones, sources_of_environment
-from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
+from netqueue.presencebench import enter_venv, open_mirror, patched_tree, positive
 from netqueue.report import Progress
 from netqueue.trees import shared_tree
 

@@ -15,6 +15,7 @@ No openembedded-core is involved.
         print(result.returncode, result.presence.seconds, len(build.restored()))
 """
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -29,12 +30,19 @@ HEADER = "# Copyright BitBake Contributors\n# SPDX-License-Identifier: GPL-2.0-o
 LEVELS = 4
 
 
+@dataclasses.dataclass
+class BuildMirror:
+    """What a Build has to know of a mirror that is none of mirror.py or sshd.py."""
+    url: str
+    ca_file: None = None
+
+
 class Build:
     """A build directory for a Tree of trees.py.
 
     directory      made anew if it is missing, otherwise rewritten (TMPDIR and SSTATE_DIR stay)
     objects        how many recipes demo-NNNN there are; each has one sstate object
-    mirror         a mirror of mirror.py or sshd.py, or None
+    mirror         a mirror of mirror.py or sshd.py, a BuildMirror, or None
     threads        BB_NUMBER_THREADS
     extra_conf     lines for local.conf, which may override everything
     multiconfigs   {name: lines for conf/multiconfig/name.conf}

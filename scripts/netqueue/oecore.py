@@ -18,12 +18,11 @@ import os
 import re
 import subprocess
 import tempfile
-import types
 from pathlib import Path
 
 from netqueue import Problem, checkout, objects
 from netqueue.git import git, git_ok
-from netqueue.layer import HEADER, Build
+from netqueue.layer import HEADER, Build, BuildMirror
 from netqueue.series import load_bases, patch_files
 from netqueue.trees import checkout as bitbake_tree
 
@@ -210,7 +209,7 @@ class TargetBuild(OEBuild):
         for number, name in enumerate(names):
             make_up(made / name, objects.object_size(number))
         # Not all of them are installed: those that are leave a link
-        self.mirror = types.SimpleNamespace(url="file://%s" % made)
+        self.mirror = BuildMirror("file://%s" % made)
         self.write()
         result = self.run(arguments, timeout=SECONDS, progress=progress)
         for path in self.sstate.rglob("sstate:*"):

@@ -25,8 +25,8 @@ import sys
 
 from netqueue import Problem, cpuseconds
 from netqueue.benchfiles import add_json, add_work, put_away, settings, work_folder, write_json
-from netqueue.layer import Build
-from netqueue.presencebench import BuildMirror, enter_venv, open_mirror, patched_tree, positive
+from netqueue.layer import Build, BuildMirror
+from netqueue.presencebench import enter_venv, open_mirror, patched_tree, positive
 from netqueue.report import Progress
 from netqueue.trees import checkout, shared_tree
 from netqueue.turns import ratio, rotated

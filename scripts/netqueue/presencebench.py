@@ -31,7 +31,7 @@ from netqueue import ROOT, Problem, environment, query
 from netqueue.benchfiles import add_json, add_work, settings, work_folder, write_json
 from netqueue.certificates import make_certificates, trust
 from netqueue.delay import delayed
-from netqueue.layer import Build
+from netqueue.layer import Build, BuildMirror
 from netqueue.mirror import serve
 from netqueue.report import Progress
 from netqueue.trees import checkout, shared_tree
@@ -319,13 +319,6 @@ class Bench:
         """Lines about an object that is absent, its .siginfo included"""
         lines = [line for log in logs for line in log.read_bytes().splitlines()]
         return sum(any(recipe in line for recipe in self.absent) for line in lines)
-
-
-@dataclasses.dataclass
-class BuildMirror:
-    """What layer.py has to know; the environment is set here."""
-    url: str
-    ca_file: None = None
 
 
 def make_files(folder, count):

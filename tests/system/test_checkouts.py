@@ -8,7 +8,6 @@ take minutes.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -185,11 +184,9 @@ def test_target(protocol, trees, target_files, any_mirror, tmp_path):
     """What openembedded-core's own recipes set lets their objects be fetched ahead, and their tasks share connections."""
     number = len(list(target_files.rglob("sstate:*.tar.zst")))
     server = any_mirror(protocol, target_files)
-    for conf in ("", LIMITED):
+    for name, conf in (("patched", ""), ("limited", LIMITED)):
         server.reset()
-        with TargetBuild(tmp_path / "patched", trees["patched"], TARGET, threads=8, mirror=server, extra_conf=conf) as build:
-            for folder in (build.tmp, build.sstate):
-                shutil.rmtree(folder, ignore_errors=True)
+        with TargetBuild(tmp_path / name, trees["patched"], TARGET, threads=8, mirror=server, extra_conf=conf) as build:
             result = restore(build, "-DD", "--setscene-only", TARGET)
         assert len(build.restored()) == number
         assert damaged(build.sstate, target_files) == []

@@ -94,7 +94,7 @@ class Locations:
         self.d = d
         self._premirrors = bb.fetch2.mirror_from_string(d.getVar("PREMIRRORS"))
         self._mirrors = bb.fetch2.mirror_from_string(d.getVar("MIRRORS"))
-        self._environments = {}
+        self._asked = {}
 
     def find(self, url):
         """The FetchData of url, and the list of those where the fetcher would look, itself among them"""
@@ -107,15 +107,12 @@ class Locations:
         return ud, uds
 
     def describe(self, method, ud):
-        """The members of a Request for ud"""
-        return dict(self.describe_mirror(ud), method=method, url=client.request_url(ud))
-
-    def describe_mirror(self, ud):
-        """Those that are the same for all files on the mirror of ud"""
-        if ud.type not in self._environments:
-            self._environments[ud.type] = client.environment(ud.type, self.d)
-        verify = ud.type == "sftp" or ud.method.check_certs(self.d)
-        return client.describe_mirror(ud, self._environments[ud.type], verify)
+        """The members of a Request for ud. For its mirror ~/.netrc is what it was at the first."""
+        mirror = ud.url.partition("://")[2].partition("/")[0], ud.type, ud.user, ud.pswd
+        if mirror not in self._asked:
+            verify = ud.type == "sftp" or ud.method.check_certs(self.d)
+            self._asked[mirror] = client.describe_mirror(ud, client.environment(ud.type, self.d), verify)
+        return dict(self._asked[mirror], method=method, url=client.request_url(ud))
 
 
 class Query:
@@ -130,7 +127,6 @@ class Query:
         self._d = self.locations.d
         self._network = not bb.utils.to_boolean(d.getVar("BB_NO_NETWORK"))
         self._hosts = {}
-        self._described = {}
         self._sizes = {}
         # Those of which nothing is known
         self._unknown = []
@@ -226,8 +222,7 @@ class Query:
         if not self._network:
             return False
         try:
-            request = Request("HEAD", client.request_url(ud), done=functools.partial(self._done, item),
-                              **self._describe_mirror(ud))
+            request = Request(done=functools.partial(self._done, item), **self.locations.describe("HEAD", ud))
         except ValueError as e:
             # A proxy that is not http, for example: the fetcher may know what to do
             logger.debug2("%s: not over shared connections: %s", redact(ud.url), e)
@@ -241,13 +236,6 @@ class Query:
         item.host.asked += 1
         self._requests.append(request)
         return True
-
-    def _describe_mirror(self, ud):
-        """As Locations does, but once: ~/.netrc does not change while it is being asked for thousands of objects"""
-        mirror = ud.url.partition("://")[2].partition("/")[0], ud.type, ud.user, ud.pswd
-        if mirror not in self._described:
-            self._described[mirror] = self.locations.describe_mirror(ud)
-        return self._described[mirror]
 
     def _conclude(self, item, response, error):
         """The first candidate of item was asked for"""
