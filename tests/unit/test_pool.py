@@ -3,6 +3,7 @@
 """The pool's queue, limits, pauses and breaker, over connections that are only pretended."""
 
 import collections
+import itertools
 import threading
 import types
 
@@ -12,7 +13,7 @@ from bb.connections import (Cancelled, ConnectError, DestinationError, Disconnec
                             StatusError, TimedOutError)
 from bb.connections import host as host_module
 from bb.connections.request import Response
-from bb.connections.host import ATTEMPTS, TIMEOUT_ATTEMPTS
+from bb.connections.host import ATTEMPTS, BREAKER_FAILURES, LONE, TIMEOUT_ATTEMPTS
 from bb.connections.pool import Pool
 from support.asking import Asked, ask_all, wait_until
 
@@ -86,6 +87,7 @@ def mirror():
 @pytest.fixture
 def pool(mirror, monkeypatch):
     monkeypatch.setattr(host_module, "PAUSE", 0.005)
+    monkeypatch.setattr(host_module, "BREAKER_AFTER", 0)
     monkeypatch.setattr(host_module, "BREAKER_PAUSE", 60)
     made = Pool(4, classes={"http": mirror, "https": mirror})
     yield made
@@ -247,6 +249,39 @@ def test_breaker_opens_fails_all_that_wait_and_closes_by_a_probe(pool, mirror, m
     asked = ask_all(pool, "HEAD", [URL] * 30)
     assert [one.status() for one in asked] == [200] * 30
     assert mirror.peak == 1, "goes on with one connection"
+
+
+def test_breaker_has_patience_with_a_mirror_that_is_restarted(pool, mirror, monkeypatch):
+    monkeypatch.setattr(host_module, "BREAKER_AFTER", 10)
+    tries = itertools.count(1)
+
+    def connecting():
+        if next(tries) <= 2 * BREAKER_FAILURES:
+            raise ConnectError("nobody there")
+    mirror.connecting = connecting
+    pool.limit = 1
+    asked = ask_all(pool, "HEAD", [URL] * 30)
+    outcomes = [one.wait() for one in asked]
+    # Those whose turn it was have failed
+    assert [response is None for response, _ in outcomes] == [True] * (2 * BREAKER_FAILURES // ATTEMPTS) + [False] * 28
+    assert pool.troubles() == []
+
+
+def test_a_url_that_is_always_refused_does_not_hold_up_the_others(mirror, monkeypatch):
+    monkeypatch.setattr(host_module, "PAUSE", 0.005)
+    mirror.answer = lambda request: Response(503 if request.url == URL + "bad" else 200, {}, 0)
+    mirror.trial = False
+    pool = Pool(1, depth=2 * LONE, classes={"http": mirror})
+    try:
+        bad, others = Asked("HEAD", URL + "bad"), [Asked("HEAD", URL) for _ in range(20 * LONE)]
+        pool.submit(bad.request, *[one.request for one in others])
+        assert [one.status() for one in others] == [200] * len(others)
+        assert isinstance(bad.error(), RefusedError)
+        assert mirror.urls.count(URL + "bad") == ATTEMPTS
+        # The last ones were asked behind all others
+        assert mirror.urls[-2:] == [URL + "bad"] * 2
+    finally:
+        assert pool.stop()
 
 
 def test_a_certificate_that_is_refused_is_not_tried_again(pool, mirror):

@@ -46,6 +46,7 @@ def peer():
 def quick(monkeypatch):
     """Pauses that are as long as a test may wait"""
     monkeypatch.setattr(host_module, "PAUSE", 0.02)
+    monkeypatch.setattr(host_module, "BREAKER_AFTER", 0)
     monkeypatch.setattr(host_module, "BREAKER_PAUSE", 0.05)
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import types
+from unittest import mock
 
 import bb
 import bb.connections
@@ -52,6 +53,17 @@ def test_mirror_with_trouble(build, peer, script, warnings):
     assert fetched_by_wget(build)
     assert build.left() == ["x"]
     assert warnings() == [], "the server's part has not failed"
+
+
+def test_no_more_threads(start, monkeypatch, warnings):
+    """The system may have none left"""
+    before = sorted(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        connections = start()
+    assert (connections.pool, connections.address, bb.connections.current()) == (None, None, None)
+    assert warnings() == ["Fetching without shared connections, their socket and thread cannot be made: can't start new thread"]
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_dies_once_in_the_body(build, peer):

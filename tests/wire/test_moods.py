@@ -55,6 +55,7 @@ def moody(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_moody_server(peer, monkeypatch, seed):
     monkeypatch.setattr(host_module, "PAUSE", 0.002)
+    monkeypatch.setattr(host_module, "BREAKER_AFTER", 0)
     monkeypatch.setattr(host_module, "BREAKER_PAUSE", 0.01)
     there = peer(moody(seed))
     pool = Pool(4, timeout=10)

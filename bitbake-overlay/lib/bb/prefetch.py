@@ -383,10 +383,11 @@ class Prefetch:
         if response is not None and response.status == 200:
             answer = client.Answer(200, response.length, last_modified(response.headers))
             try:
-                if client.is_complete(transfer.temporary[name], fd, answer):
+                if answer.size and client.is_complete(transfer.temporary[name], fd, answer):
                     transfer.found.add(name)
                     return
-                error = "not complete"
+                # The fetcher takes no empty file
+                error = "empty, or not complete"
             except OSError as e:
                 error = e
         elif response is not None:

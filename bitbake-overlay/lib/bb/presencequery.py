@@ -246,6 +246,8 @@ class Query:
             host = item.host
             host.alive = host.alive or error is None or isinstance(error, (RefusedError, ProtocolError, StatusError))
             if error or response.status >= 500:
+                # An earlier query may have had answers
+                host.alive = host.alive or self._memory.has_answered(host.origin)
                 host.unanswered += 1
                 host.reason = host.reason or (str(error) if error else "status %s" % response.status)
                 item.silent += (host,)

@@ -147,7 +147,9 @@ def _ask(method, ud, d, verify, fd=None):
         memory = bb.connections.current()
         if memory:
             return _ask_here(memory, message)
-        return _task_client(d.getVar(ADDRESS)).ask(message, fd)
+        address = d.getVar(ADDRESS)
+        # In the server the connections may just have ended
+        return _task_client(address).ask(message, fd) if address else None
     except (ConnectionCacheError, ValueError) as e:
         logger.debug("%s: not over shared connections: %s", redact(ud.url), e)
     return None

@@ -12,7 +12,8 @@ thread owns one connection, and takes from the queue what it has room for.
 
 A host that refuses (408, 429, 503, closed without an answer) is asked after a pause,
 over half the connections and with half the depth; one more, and twice the
-depth, after each RISE_AFTER answers. A host that does nothing else, cannot be
+depth, after each RISE_AFTER answers. What it refuses again while it answers many
+others is asked behind these. A host that does nothing else, cannot be
 reached or stays silent is left alone for BREAKER_PAUSE seconds: requests fail
 at once until then, and the next one after that is the probe. Where trying again
 would not help, as with a certificate that is not trusted, that is so for requests
@@ -43,12 +44,16 @@ from bb.connections.request import HEAD_REFUSED, MAX_REDIRECTS, REDIRECTS, of_wh
 # How often a request is tried, and how often if nothing was heard for a long time
 ATTEMPTS = 4
 TIMEOUT_ATTEMPTS = 2
+# How many others a host answers between two refusals of one for that to be about the one
+LONE = 32
 # Seconds: the first pause and the longest, also of what a Retry-After may ask
 PAUSE = 0.5
 MAX_PAUSE = 60
-# Failures in a row before a host is left alone, if it at least refuses, and for how many seconds
+# Failures in a row before a host is left alone, if it at least refuses, for how many seconds it must have failed, as one
+# does that is being restarted, and for how many seconds it is left alone
 BREAKER_FAILURES = 4
 BREAKER_REFUSALS = 8
+BREAKER_AFTER = 10
 BREAKER_PAUSE = 30
 # Seconds until a connection that is not used is closed; those which never were are what servers have less patience with
 IDLE = 60
@@ -106,9 +111,10 @@ class Host:
         self._answers = 0
         # Seconds that the last login took, and that the last STAT was under way, which waits for those before it
         self._login = self._latency = 0
-        # Refusals, time-outs and failures to connect in a row, the time of the last, and until when nothing is asked
+        # Refusals, time-outs and failures to connect in a row, the time of the first and of the last, and until when
+        # nothing is asked
         self._failures = 0
-        self._failed_at = 0
+        self._failing_since = self._failed_at = 0
         self._pause_until = 0
         # What all hear until then if the breaker is open
         self._broken = None
@@ -120,6 +126,11 @@ class Host:
         """Whether the last that was heard, by that route, is an answer, or nothing was"""
         with self._cond:
             return not self._failures and route not in self._barred
+
+    def has_answered(self):
+        """Whether it has given an answer, at any time"""
+        with self._cond:
+            return self._answers > 0
 
     def hurry(self, requests):
         """Move those of requests that are queued to the front"""
@@ -593,19 +604,27 @@ class Host:
     def _failed(self, request, error, started):
         """Pause or break the host as error demands; try request, if there is one, again or end it."""
         victims = []
+        lone = False
         with self._cond:
+            refused = isinstance(error, RefusedError)
+            self.statistics.count(refusals=refused)
+            if request is not None and refused:
+                request.refusals += 1
+                others = self._answers - request.answers
+                # Says nothing of the host: like a file that a server cannot read
+                lone = request.refusals > 1 and others >= LONE
+                if others and not lone:
+                    # As long as the host answers others it will be this one's turn
+                    request.attempts = 0
             if self._stopped:
                 error = Cancelled("the build has ended")
-            elif isinstance(error, (RefusedError, ConnectError, TimedOutError)):
+            elif isinstance(error, (RefusedError, ConnectError, TimedOutError)) and not lone:
                 self._pause(error, started)
                 if self._broken:
                     error = self._broken
                     victims = list(self._queue)
                     self._queue.clear()
             if request is not None:
-                if isinstance(error, RefusedError) and self._answers > request.answers:
-                    # As long as the host answers others it will be this one's turn
-                    request.attempts = 0
                 request.answers = self._answers
                 request.attempts += 1
                 if request.cancelled:
@@ -615,7 +634,8 @@ class Host:
             pass
         elif error.retryable and request.attempts < attempts and not request.cancelled:
             self.statistics.count(retries=1)
-            self.submit([request], again=True)
+            # Not before those which are answered
+            self.submit([request], again=not lone)
         else:
             victims.append(request)
         for victim in victims:
@@ -623,11 +643,12 @@ class Host:
 
     def _pause(self, error, started):
         """Called with the condition held"""
-        if isinstance(error, RefusedError):
-            self.statistics.count(refusals=1)
+        now = time.monotonic()
+        if not self._failures:
+            self._failing_since = now
         # Connections fail together: what was under way at the last failure is part of it
         if started >= self._failed_at:
-            self._failed_at = time.monotonic()
+            self._failed_at = now
             self._failures += 1
             self._limit = max(1, self._limit // 2)
             self._depth = max(1, self._depth // 2)
@@ -636,12 +657,12 @@ class Host:
         if isinstance(error, RefusedError):
             failures = BREAKER_REFUSALS
             pause = max(pause, min(error.retry_after or 0, MAX_PAUSE))
-        if self._failures >= failures:
+        if self._failures >= failures and now - self._failing_since >= BREAKER_AFTER:
             self.trouble = str(error)
             self._broken = self._left_alone(error)
             self._limit = 1
             pause = BREAKER_PAUSE
-        self._pause_until = max(self._pause_until, time.monotonic() + pause)
+        self._pause_until = max(self._pause_until, now + pause)
         # Who waits waits longer, or leaves because of the new limit
         self._cond.notify_all()
         self._turn.notify_all()

@@ -57,6 +57,10 @@ class Memory:
         """As Pool.well()"""
         return self._pool.well(origin, route)
 
+    def has_answered(self, origin):
+        """As Pool.has_answered()"""
+        return self._pool.has_answered(origin)
+
     def give_way(self):
         """As Pool.give_way()"""
         self._pool.give_way()

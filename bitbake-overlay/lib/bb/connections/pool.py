@@ -115,6 +115,12 @@ class Pool:
             host = self._hosts.get(origin)
         return host is None or host.well(route)
 
+    def has_answered(self, origin):
+        """Whether a host has given an answer, at any time"""
+        with self._lock:
+            host = self._hosts.get(origin)
+        return host is not None and host.has_answered()
+
     def give_way(self):
         """
         Let the connections work, if they could not for a while. For the runqueue's thread, when there is

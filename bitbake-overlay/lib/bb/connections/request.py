@@ -93,7 +93,7 @@ class Request:
     one that submits. Raises ValueError if url is not one that can be asked for here.
     """
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "size", "done", "cancelled", "attempts",
-                 "answers", "first", "redirects", "received", "sent", "url", "origin", "target", "route")
+                 "refusals", "answers", "first", "redirects", "received", "sent", "url", "origin", "target", "route")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, size=None, done=None):
         self.method = method
@@ -104,9 +104,10 @@ class Request:
         self.size = size
         self.done = done
         self.cancelled = False
-        # The pool's: failures, how many answers its host had given at the last, when it was last sent, and
-        # whether it comes before others
+        # The pool's: failures, how often it was refused, how many answers its host had given at the last failure,
+        # when it was last sent, and whether it comes before others
         self.attempts = 0
+        self.refusals = 0
         self.answers = 0
         self.sent = 0
         self.first = False

@@ -140,20 +140,20 @@ class Connections:
                 self._wakeup, self._waker = map(opened.enter_context, socket.socketpair(
                     socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
                 self._selector = opened.enter_context(selectors.DefaultSelector())
+                self._listening = False
+                self._listen()
+                self._selector.register(self._wakeup, selectors.EVENT_READ, self._woken)
+                self._thread = threading.Thread(target=self._serve, name="connection server")
+                self._thread.start()
                 opened.pop_all()
-        except OSError as e:
-            bb.warn("Fetching without shared connections, the socket for them cannot be opened: %s" % e)
+        except (OSError, RuntimeError) as e:
+            bb.warn("Fetching without shared connections, their socket and thread cannot be made: %s" % e)
             return
-        self._listening = False
-        self._listen()
-        self._selector.register(self._wakeup, selectors.EVENT_READ, self._woken)
         self.pool = Pool(self.settings.connections, self.settings.depth)
         self.memory = Memory(self.pool)
         self.address = "%s:%s" % (os.geteuid(), name)
         self.cooker.extraconfigdata[ADDRESS] = self.address
-        self._thread = threading.Thread(target=self._serve, name="connection server")
         set_current(self)
-        self._thread.start()
 
     def stop(self):
         """

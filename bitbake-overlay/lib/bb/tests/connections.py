@@ -238,7 +238,7 @@ class PoolTest(ConnectionsTest):
 
     def setUp(self):
         super().setUp()
-        for name, value in (("PAUSE", 0.01), ("MAX_PAUSE", 0.05), ("BREAKER_PAUSE", 0.05)):
+        for name, value in (("PAUSE", 0.01), ("MAX_PAUSE", 0.05), ("BREAKER_AFTER", 0), ("BREAKER_PAUSE", 0.05)):
             patch = unittest.mock.patch.object(host, name, value)
             patch.start()
             self.addCleanup(patch.stop)

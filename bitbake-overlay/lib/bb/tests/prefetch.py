@@ -491,6 +491,19 @@ class PrefetchTest(unittest.TestCase):
         self.prefetch.process()
         self.assertEqual(self.names(), [])
 
+    def test_empty_file(self):
+        """The fetcher takes it for none"""
+        for empty in (0, 1):
+            with self.subTest(empty=empty):
+                self.make({"a": set()})
+                self.prefetch.process()
+                self.connections.answer(self.connections.asked[empty], body=b"")
+                self.connections.answer()
+                self.prefetch.process()
+                self.assertEqual((self.names(), self.local), ([], []))
+                self.assertFalse(self.prefetch.awaits("a"))
+                self.close()
+
     def test_directory_that_cannot_be_written(self):
         self.make({"a": set(), "b": set()})
         with unittest.mock.patch("os.open", side_effect=PermissionError):

@@ -26,7 +26,7 @@ from bb.tests.connections import ConnectionsTest
 class PresenceTest(ConnectionsTest):
     def setUp(self):
         super().setUp()
-        for name, value in (("PAUSE", 0.01), ("MAX_PAUSE", 0.05), ("BREAKER_PAUSE", 60)):
+        for name, value in (("PAUSE", 0.01), ("MAX_PAUSE", 0.05), ("BREAKER_AFTER", 0), ("BREAKER_PAUSE", 60)):
             patch = unittest.mock.patch.object(host, name, value)
             patch.start()
             self.addCleanup(patch.stop)
@@ -250,6 +250,15 @@ class QueryTest(PresenceTest):
         self.assertEqual(self.query(names), {})
         self.warning.assert_called_once()
         self.assertRegex(self.warning.call_args[0][0], "^Sstate mirror 127.0.0.1 did not answer for 50 of 50 objects, taken as missing: ")
+
+    def test_nobody_there_any_more(self):
+        """What has answered in this build may do so again"""
+        peer = self.peer(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n")
+        self.mirrors("file://.* %s/PATH" % peer.url)
+        self.assertEqual(self.query(["ab/5"]), {"ab/5": 5})
+        peer.stop()
+        self.assertEqual(self.query(["ab/6"]), {"ab/6": None})
+        self.assertRegex(self.warning.call_args[0][0], "did not answer for 1 of 1 objects, their tasks will try: ")
 
     def test_redirect_to_another_host(self):
         other = self.mirror()
