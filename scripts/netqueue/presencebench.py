@@ -36,6 +36,8 @@ from netqueue.mirror import serve
 from netqueue.report import Progress
 from netqueue.trees import checkout, shared_tree
 
+# Requests in flight on a connection at most
+DEPTH = 64
 QUERY = Path(__file__).with_name("query.py")
 SECONDS = 900
 PROTOCOLS = ("http", "https", "sftp")
@@ -83,8 +85,6 @@ def add_options(parser):
                         help="objects of the real builds (default: %(default)s)")
     parser.add_argument("--connections", type=positive, default=4, metavar="N",
                         help="connections of patched and threads of stock bitbake (default: %(default)s)")
-    parser.add_argument("--depth", type=positive, default=64, metavar="N",
-                        help="BB_CONNECTION_CACHE_DEPTH (default: %(default)s)")
     parser.add_argument("--delay", type=positive, default=20, metavar="MS",
                         help="round trip time in milliseconds (default: %(default)s)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N",
@@ -226,9 +226,9 @@ class Bench:
             row.update({name: statistics.median(run[name] for run in row["runs"]) for name in row["runs"][0]})
             row["objects_per_second"] = row["objects"] / row["seconds"]
             if row["part"] == "single":
-                row["share"] = row["objects_per_second"] * seconds / self.options.depth
+                row["share"] = row["objects_per_second"] * seconds / DEPTH
                 # Of which the time to connect, and to log in, is no part
-                row["pace"] = row["objects"] / (row["seconds"] - row["first_seconds"]) * seconds / self.options.depth
+                row["pace"] = row["objects"] / (row["seconds"] - row["first_seconds"]) * seconds / DEPTH
         return rows
 
     def rows_of(self, part, protocol):
@@ -250,7 +250,7 @@ class Bench:
         """Run query.py once"""
         arguments = {"lib": str(self.trees[row["tree"]].path / "lib"), "patched": row["tree"] == "patched", "url": url,
                      "objects": row["objects"], "files": self.files, "connections": row["connections_allowed"],
-                     "depth": self.options.depth, "variables": mirror.variables}
+                     "variables": mirror.variables}
         mirror.served.reset()
         try:
             done = subprocess.run([sys.executable, str(QUERY), json.dumps(arguments)], stdin=subprocess.DEVNULL,
@@ -349,7 +349,7 @@ def table(options, rows, builds):
             text += "  + %.3f CPU ms in ssh" % (1000 * row["children_cpu_seconds"] / row["objects"])
         if "share" in row and row["tree"] == "patched":
             text += "  %.2f of depth %d / round trip, %.2f from the first answer on" % (
-                row["share"], options.depth, row["pace"])
+                row["share"], DEPTH, row["pace"])
         if row["part"] == "many":
             text += "  memory +%.1f MiB, at most +%.1f" % (row["kept_kib"] / 1024, row["peak_kib"] / 1024)
         lines.append(text)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """One presence query of `scripts/bench presence`: presencebench.py starts it as a process.
 
-The real code of the tree in lib: of a patched one the pool, its memory and
+The real code of the tree in lib: of a patched one the connection server and
 bb.presencequery, as the runqueue would call them; of a stock one what
 openembedded-core's sstate_checkhashes() does, a Fetch for each object in
 threads that share connections as far as fetch2 can. Both without progress
@@ -38,7 +38,7 @@ def object_size(number):
     return 1 + number % 4000
 
 
-def main(lib, patched, url, objects, files, connections, depth, variables):
+def main(lib, patched, url, objects, files, connections, variables):
     sys.path.insert(0, lib)
     import bb.server.process
     import bb.data
@@ -51,7 +51,7 @@ def main(lib, patched, url, objects, files, connections, depth, variables):
     asked = [("recipe-%d.bb:do_populate_sysroot" % number, "file://" + object_name(number)) for number in range(objects)]
     expected = {asked[number][0]: object_size(number) for number in range(0, min(objects, files), 2)}
     if patched:
-        done = measure(lambda: ask_at_once(asked, d, connections, depth, url.partition(":")[0]))
+        done = measure(lambda: ask_at_once(asked, d, connections, url.partition(":")[0]))
     else:
         expected = dict.fromkeys(expected)
         done = measure(lambda: ask_each(bb, asked, d, connections))
@@ -117,20 +117,20 @@ def mapping(bb, objects, d):
     return 1000 * (time.process_time() - cpu) / len(objects)
 
 
-def ask_at_once(objects, d, connections, depth, scheme):
+def ask_at_once(objects, d, connections, scheme):
     """As bb.presence does"""
     try:
-        from bb.connections.memory import Memory
-        from bb.connections.pool import CLASSES, Pool
+        from bb.connections.pool import PROTOCOLS
+        from bb.connections.server import ConnectionServer
         from bb.presencequery import Query
     except ImportError as error:
         sys.exit("the patched tree cannot ask for many objects at once: %s" % error)
-    if not hasattr(CLASSES.get(scheme), "connect"):
+    if scheme not in PROTOCOLS:
         sys.exit("the patched tree has no shared connections for %s" % scheme)
     d.setVar("BB_NUMBER_THREADS", str(connections))
-    pool = Pool(connections, depth)
-    memory = Memory(pool)
-    asking = Query(memory, d)
+    server = ConnectionServer(connections)
+    server.start()
+    asking = Query(server, d)
     first = []
     passed_on = asking._done
 
@@ -142,11 +142,10 @@ def ask_at_once(objects, d, connections, depth, scheme):
     asking._done = done
     sizes = asking.run(objects, lambda done: None)
     for host in asking.silent():
-        sys.exit("%s did not answer for %d of %d objects: %s" % (host.name, host.unanswered, host.asked, host.reason))
+        sys.exit("%s did not answer for %d of %d objects: %s" % (host.origin.host, host.unanswered, host.asked, host.reason))
 
     def stop():
-        # It also keeps what the build would: the memory of what was answered
-        assert memory and pool.stop()
+        assert server.stop()
     return sizes, first[0], stop
 
 

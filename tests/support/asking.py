@@ -1,33 +1,36 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""Requests to a pool or a connection, and what became of them.
+"""Requests to a real ConnectionServer, and what became of them.
 
-    asked = Asked("GET", peer.url("/x"))
-    pool.submit(asked.request)
-    response, error = asked.wait()
-    assert asked.body() == b"..."
+    with Asking(connections=4) as asking:
+        one, = asking.ask("GET", [peer.url("/x")])
+        response, error = one.wait()
+        assert one.body() == b"..."
+
+A thread delivers the answers meanwhile, as the runqueue does.
 """
 
 import tempfile
 import threading
 
 from bb.connections.request import Request
+from bb.connections.server import ConnectionServer
 
 # Nothing here takes long; this only bounds a test that fails
 SECONDS = 15
 
 
 class Asked:
-    """A Request with a done() that counts, and for a GET a file of its own."""
+    """A Request, how often and with what it was answered, and for a GET a file of its own."""
 
     def __init__(self, method, url, environment=None, **members):
         self.file = tempfile.TemporaryFile() if method == "GET" else None
         self.calls = []
         self._called = threading.Event()
-        self.request = Request(method, url, environment or {}, done=self._done,
-                               fd=self.file.fileno() if self.file else None, **members)
+        self.request = Request(method, url, environment or {}, fd=self.file.fileno() if self.file else None, **members)
 
-    def _done(self, request, response, error):
+    def answer(self, request, response, error):
+        assert request is self.request
         self.calls.append((response, error))
         self._called.set()
 
@@ -56,12 +59,61 @@ class Asked:
         return self.file.read()
 
 
-def ask_all(pool, method, urls, **members):
-    """Submit a request for each URL; returns their Asked objects."""
-    asked = [Asked(method, url, **members) for url in urls]
-    for one in asked:
-        pool.submit(one.request)
-    return asked
+class Asking:
+    """A ConnectionServer, and a thread that delivers its answers. messages: what it has logged."""
+
+    def __init__(self, connections=4, timeout=10, **options):
+        self.messages = []
+        self.server = ConnectionServer(connections, timeout=timeout, log=self.messages.append, **options)
+        self.server.start()
+        self._ended = False
+        self._thread = threading.Thread(target=self._deliver)
+        self._thread.start()
+
+    def _deliver(self):
+        while not self._ended:
+            self.server.wait(SECONDS)
+            self.server.deliver()
+
+    def submit(self, *asked, first=True):
+        """Submit all in one batch"""
+        by_request = {one.request: one for one in asked}
+        self.server.submit(list(by_request), lambda request, *answer: by_request[request].answer(request, *answer), first)
+
+    def ask(self, method, urls, environment=None, first=True, **members):
+        """Submit a request for each URL in one batch. Returns their Asked objects."""
+        asked = [Asked(method, url, environment, **members) for url in urls]
+        self.submit(*asked, first=first)
+        return asked
+
+    def one_by_one(self, method, urls, environment=None, **members):
+        """Each is answered before the next is submitted"""
+        asked = []
+        for url in urls:
+            asked += self.ask(method, [url], environment, **members)
+            asked[-1].wait()
+        return asked
+
+    def count(self, name):
+        """The sum of a counter over all hosts"""
+        return sum(getattr(one, name) for one in self.server.statistics().values())
+
+    def stop(self):
+        """Returns whether everything has ended. What was left is answered then."""
+        if self._ended:
+            return True
+        self._ended = True
+        self.server.wake()
+        self._thread.join(SECONDS)
+        ended = self.server.stop()
+        self.server.deliver()
+        return ended
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        assert self.stop(), "the thread has not ended"
 
 
 def wait_until(condition, what):
@@ -72,11 +124,3 @@ def wait_until(condition, what):
             return
         tick.wait(0.005)
     raise AssertionError("still not so: " + what)
-
-
-def exchange_one(connection, request):
-    """Send request, and return the Response to it."""
-    connection.send([request])
-    (answered, response, _), = connection.receive()
-    assert answered is request
-    return response

@@ -14,7 +14,7 @@ import bb.data
 import bb.fetch2
 import pytest
 
-from bb.connections import server
+from bb.fetch2.shared import ADDRESS
 
 FAKE_WGET = """#!/bin/sh
 echo "$*" >> {calls}
@@ -39,7 +39,7 @@ class Build:
         self.d.setVar("HOME", str(folder))
         self.d.setVar("BB_WORKERCONTEXT", "1")
         self.d.setVar("BB_CURRENTTASK", "populate_sysroot_setscene")
-        self.d.setVar(bb.connections.ADDRESS, address)
+        self.d.setVar(ADDRESS, address)
         programs = folder / "bin"
         programs.mkdir()
         wget = programs / "wget"

@@ -134,7 +134,7 @@ def links(mirror_files, tmp_path):
 def faulty_mirror(mirror_files):
     """Called with a fault (see FaultyMirror), returns a mirror that has it."""
     with contextlib.ExitStack() as stack:
-        yield lambda fault: stack.enter_context(FaultyMirror(mirror_files, fault))
+        yield lambda fault, **options: stack.enter_context(FaultyMirror(mirror_files, fault, **options))
 
 
 @pytest.fixture

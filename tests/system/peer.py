@@ -44,13 +44,17 @@ def send_part(talk, body, size, announced=None):
 
 
 class FaultyMirror:
-    """Serves a folder. fault(talk, request, body) is asked first; body is None if there is no such file."""
+    """
+    Serves a folder. fault(talk, request, body) is asked first; body is None if there is no such file. Unless it is
+    pipelined it speaks HTTP/1.0, so that it gets one request at a time on each connection.
+    """
 
     ca_file = None
 
-    def __init__(self, directory, fault):
+    def __init__(self, directory, fault, pipelined=True):
         self.directory = directory
         self.fault = fault
+        self.pipelined = pipelined
         self._closer = None
         self.peer = Peer(self._script)
 
@@ -91,8 +95,10 @@ class FaultyMirror:
                 return
             if outcome == HANDLED:
                 continue
+            headers = [] if self.pipelined else ["Connection: keep-alive"]
+            version = "HTTP/1.1" if self.pipelined else "HTTP/1.0"
             if body is None:
-                talk.answer(request, b"no such file", status=404)
+                talk.answer(request, b"no such file", *headers, status=404, version=version)
             else:
-                talk.answer(request, body, "Last-Modified: "
-                            + email.utils.formatdate(os.stat(path).st_mtime, usegmt=True))
+                headers.append("Last-Modified: " + email.utils.formatdate(os.stat(path).st_mtime, usegmt=True))
+                talk.answer(request, body, *headers, version=version)

@@ -245,8 +245,7 @@ class HeldOne:
 def test_task_waits_for_its_object(faulty_mirror, telling, patched_tree):
     """It is not started; all others are, two threads or not. One request at a time, or some would be behind it."""
     hold = HeldOne("demo-0004")
-    build = telling(patched_tree, faulty_mirror(hold), threads=2, environment=UNBUFFERED,
-                    extra_conf='BB_CONNECTION_CACHE_DEPTH = "1"')
+    build = telling(patched_tree, faulty_mirror(hold, pipelined=False), threads=2, environment=UNBUFFERED)
     others = [name for name in ALL if name != hold.held]
     running = started(build)
     try:

@@ -124,7 +124,7 @@ def test_full_disk(any_mirror, mirror_files, off_and_on, mount):
 
     off, on, build, _, result = off_and_on(
         lambda: any_mirror("http"), prepare, threads=1,
-        extra_conf='BB_CONNECTION_CACHE_MAX = "1"\nBB_CONNECTION_CACHE_DEPTH = "1"')
+        extra_conf='BB_CONNECTION_CACHE_MAX = "1"')
     assert LARGE not in on["restored"] and os.strerror(errno.ENOSPC) in not_ahead(result.output)[LARGE]
     assert on["returncode"] == off["returncode"] and result.left == 0
     assert damaged(build.sstate, mirror_files) == []

@@ -127,9 +127,9 @@ def held_half(faulty_mirror):
     """Called with recipes, returns a HeldHalf and a mirror that has it."""
     made = []
 
-    def make(recipes=ALL):
+    def make(recipes=ALL, **options):
         made.append(HeldHalf(recipes))
-        return made[-1], faulty_mirror(made[-1])
+        return made[-1], faulty_mirror(made[-1], **options)
 
     yield make
     for hold in made:
@@ -232,12 +232,11 @@ def test_disk_monitor(action, held_half, mirror_files, make_build, stock_tree, p
     told = {}
     for name, tree, conf in (("stock", stock_tree, ""), ("off", patched_tree, OFF), ("on", patched_tree, "")):
         # More threads and connections than are held
-        hold, server = held_half(ALL[4:])
+        hold, server = held_half(ALL[4:], pipelined=False)
         build = make_build(tree, server, name, threads=6, environment=UNBUFFERED, extra_conf=conf + """
 INHERIT += "lasting"
 BB_DISKMON_DIRS = "%s,${TOPDIR}/watched,1K"
 BB_CONNECTION_CACHE_MAX = "5"
-BB_CONNECTION_CACHE_DEPTH = "1"
 """ % action)
         add_class(build, "lasting", LASTING)
         (build.directory / "watched").touch()

@@ -201,7 +201,7 @@ def test_invalid(semaphore, value):
     result = semaphore.build.run(TARGETS, SECONDS)
     assert result.returncode == 1 and result.left == 0
     errors = problems(result.output)
-    assert len(errors) == 1 and 'BB_NUMBER_NETWORK_THREADS = "%s", allowed' % value in errors[0]
+    assert len(errors) == 1 and 'Invalid value "%s" for BB_NUMBER_NETWORK_THREADS, must be ' % value in errors[0]
     assert semaphore.lines() == []
 
 

@@ -16,8 +16,7 @@ pytestmark = pytest.mark.system
 
 LARGE = "demo-0007"
 
-# Replaces a method of Connections in the server, before the build has made one. Tasks are told
-# to be less patient than they are.
+# Replaces a method of Peers in the server, before the build has made one. Tasks are made less patient than they are.
 REPLACE = """
 python () {
     import bb.connections.protocol
@@ -27,20 +26,21 @@ addhandler replace_method
 replace_method[eventmask] = "bb.event.BuildStarted"
 python replace_method() {
     import time
-    import bb.connections.server
-    def hangs(connections, *args):
-        while not connections._stopping:
+    import bb.connections.peers, bb.connections.server
+    def hangs(*args):
+        # Until the build ends
+        while bb.connections.server._running:
             time.sleep(0.05)
-    def dies(connections, *args):
+    def dies(*args):
         raise RuntimeError("the test wants that")
-    bb.connections.server.Connections.%s = %s
+    bb.connections.peers.Peers.%s = %s
 }
 """
 
 
 @pytest.mark.parametrize("method, replacement", [
-    ("_accept", "hangs"), ("_request", "hangs"), ("_collect", "hangs"),
-    ("_accept", "dies"), ("_request", "dies"), ("_collect", "dies"),
+    ("_accept", "hangs"), ("_receive", "hangs"), ("_answered", "hangs"),
+    ("_accept", "dies"), ("_receive", "dies"), ("_answered", "dies"),
 ])
 def test_thread(method, replacement, mirror, mirror_files, make_build, patched_tree):
     """The server's thread, when the first task connects, asks, or is answered"""
@@ -53,7 +53,7 @@ def test_thread(method, replacement, mirror, mirror_files, make_build, patched_t
     assert damaged(build.sstate, mirror_files) == []
     assert unfinished(build.sstate) == []
     told = problems(result.output)
-    assert len(told) == 1 and "shared connections cannot be used" in told[0]
+    assert len(told) == 1 and "Cannot use the BitBake server's shared connections" in told[0]
     # What the query asked
     assert summary(result.output).objects == 0
 

@@ -40,8 +40,9 @@ def test_off_is_stock(mirror, make_build, stock_tree, patched_tree):
         stamps[name] = names(build.tmp / "default" / "stamps")
         files[name] = names(build.sstate)
     assert counters["off"] == counters["stock"]
-    # Not asked for again by the tasks; the test of pipelining is one more
-    assert counters["on"].requests == counters["stock"].requests - FEW + 1
+    # Not asked for again by the tasks; whether there is a trial of pipelining, which is one more, depends on how many
+    # connections had been opened when the first answer came
+    assert counters["on"].requests - (counters["stock"].requests - FEW) in (0, 1)
     assert keys["off"] - {"BB_CONNECTION_CACHE"} == keys["stock"]
     assert keys["on"] - keys["off"] == {"BB_CONNECTION_CACHE_ADDRESS", "BB_CONNECTION_CACHE_MAX"}
     assert len(stamps["stock"]) > 5 and stamps["off"] == stamps["on"] == stamps["stock"]
@@ -60,13 +61,14 @@ def test_signatures_stay(make_build, stock_tree, patched_tree):
 
 
 @pytest.mark.parametrize("variable, value, allowed", [
-    ("BB_CONNECTION_CACHE", "yes", '"0" and "1"'),
-    ("BB_CONNECTION_CACHE", "2", '"0" and "1"'),
+    ("BB_CONNECTION_CACHE", "maybe", '"0" or "1"'),
+    ("BB_CONNECTION_CACHE", "2", '"0" or "1"'),
     ("BB_CONNECTION_CACHE_MAX", "abc", "1 to 64"),
     ("BB_CONNECTION_CACHE_MAX", "0", "1 to 64"),
     ("BB_CONNECTION_CACHE_MAX", "65", "1 to 64"),
-    ("BB_CONNECTION_CACHE_DEPTH", "0", "1 to 1024"),
-    ("BB_SETSCENE_PRESENCE", "hashserv", '"mirror" and "hashserv mirror"'),
+    ("BB_SETSCENE_PREFETCH", "-1", "0 to 1024"),
+    ("BB_NUMBER_NETWORK_THREADS", "0", "a positive integer"),
+    ("BB_SETSCENE_PRESENCE", "hashserv", '"mirror" or "hashserv mirror"'),
 ])
 def test_invalid_value(variable, value, allowed, mirror, make_build, patched_tree):
     server = mirror()
@@ -75,7 +77,7 @@ def test_invalid_value(variable, value, allowed, mirror, make_build, patched_tre
     assert result.returncode != 0
     told = problems(result.output)
     assert len(told) == 1 and told[0].startswith("ERROR: ")
-    assert '%s = "%s"' % (variable, value) in told[0] and allowed in told[0]
+    assert 'Invalid value "%s" for %s, must be ' % (value, variable) in told[0] and allowed in told[0]
     assert "Traceback" not in result.output
     assert "Running" not in result.output and build.restored() == []
     assert server.requests() == []

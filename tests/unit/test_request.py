@@ -6,14 +6,15 @@ import base64
 
 import pytest
 
-from bb.connections.request import MAX_REDIRECTS, Request, redact, route, Origin
+from bb.connections import DestinationError
+from bb.connections.request import Request, Response, redact
 
-ORIGIN = Origin("http", "mirror.example", 80, "")
-SECURE = Origin("https", "mirror.example", 443, "")
+PLAIN = "http://mirror.example/x"
+SECURE = "https://mirror.example/x"
 
 
-def make(url, **members):
-    return Request("HEAD", url, members.pop("environment", {}), **members)
+def make(url, environment=None, **members):
+    return Request("HEAD", url, environment or {}, **members)
 
 
 @pytest.mark.parametrize("url, origin, target", [
@@ -101,44 +102,87 @@ def test_redirect_that_cannot_be_followed(location):
         make("http://mirror.example/a").redirect(location)
 
 
-@pytest.mark.parametrize("origin, environment, proxy", [
-    (ORIGIN, {}, None),
-    (ORIGIN, {"http_proxy": "http://proxy.example:3128"}, ("proxy.example", 3128, None)),
-    (ORIGIN, {"HTTP_PROXY": "proxy.example"}, ("proxy.example", 80, None)),
-    (ORIGIN, {"http_proxy": "http://a.example", "HTTP_PROXY": "http://b.example"}, ("a.example", 80, None)),
-    (ORIGIN, {"https_proxy": "http://proxy.example:3128"}, None),
+@pytest.mark.parametrize("url, environment, proxy", [
+    (PLAIN, {}, None),
+    (PLAIN, {"http_proxy": "http://proxy.example:3128"}, ("proxy.example", 3128, None)),
+    (PLAIN, {"HTTP_PROXY": "proxy.example"}, ("proxy.example", 80, None)),
+    (PLAIN, {"http_proxy": "http://a.example", "HTTP_PROXY": "http://b.example"}, ("a.example", 80, None)),
+    (PLAIN, {"https_proxy": "http://proxy.example:3128"}, None),
     (SECURE, {"https_proxy": "http://proxy.example:3128"}, ("proxy.example", 3128, None)),
-    (ORIGIN, {"http_proxy": "http://proxy.example", "no_proxy": "mirror.example"}, None),
-    (ORIGIN, {"http_proxy": "http://proxy.example", "NO_PROXY": "other, .example"}, None),
-    (ORIGIN, {"http_proxy": "http://proxy.example", "no_proxy": "mirror.example:80"}, None),
-    (ORIGIN, {"http_proxy": "http://proxy.example", "no_proxy": "*"}, None),
-    (ORIGIN, {"http_proxy": "http://proxy.example", "no_proxy": "rror.example"}, ("proxy.example", 80, None)),
-    (ORIGIN, {"http_proxy": "http://proxy.example", "no_proxy": "mirror.example:81"}, ("proxy.example", 80, None)),
+    (PLAIN, {"http_proxy": "http://proxy.example", "no_proxy": "mirror.example"}, None),
+    (PLAIN, {"http_proxy": "http://proxy.example", "NO_PROXY": "other, .example"}, None),
+    (PLAIN, {"http_proxy": "http://proxy.example", "no_proxy": "mirror.example:80"}, None),
+    (PLAIN, {"http_proxy": "http://proxy.example", "no_proxy": "*"}, None),
+    (PLAIN, {"http_proxy": "http://proxy.example", "no_proxy": "rror.example"}, ("proxy.example", 80, None)),
+    (PLAIN, {"http_proxy": "http://proxy.example", "no_proxy": "mirror.example:81"}, ("proxy.example", 80, None)),
 ])
-def test_route(origin, environment, proxy):
-    assert route(origin, environment, True).proxy == proxy
+def test_route(url, environment, proxy):
+    assert make(url, environment).route.proxy == proxy
 
 
 def test_credentials_of_a_proxy():
-    proxy = route(ORIGIN, {"http_proxy": "http://us%40er:pass%3Aword@proxy.example"}, True).proxy
+    proxy = make(PLAIN, {"http_proxy": "http://us%40er:pass%3Aword@proxy.example"}).route.proxy
     assert proxy[:2] == ("proxy.example", 80)
     assert base64.b64decode(proxy[2].partition(" ")[2]) == b"us@er:pass:word"
 
 
-@pytest.mark.parametrize("proxy", ["socks5://user:secret@proxy.example", "https://user:secret@proxy.example", "http://"])
+@pytest.mark.parametrize("proxy", ["socks5://user:secret@proxy.example", "https://user:secret@proxy.example", "http://",
+                                   "http://user:sec/ret@proxy.example", "http://user:secret@proxy.example:port"])
 def test_proxy_of_another_kind(proxy):
     with pytest.raises(ValueError) as error:
-        route(ORIGIN, {"http_proxy": proxy}, True)
-    assert "secret" not in str(error.value)
+        make(PLAIN, {"http_proxy": proxy})
+    assert "sec" not in str(error.value)
 
 
 def test_certificates_belong_to_https_routes_only():
     environment = {"SSL_CERT_FILE": "/ca", "SSL_CERT_DIR": "/cas"}
-    assert route(SECURE, environment, False)[1:] == ("/ca", "/cas", False)
-    assert route(ORIGIN, environment, False) == route(ORIGIN, {}, True)
+    route = make(SECURE, environment, verify=False).route
+    assert (route.cafile, route.capath, route.verify) == ("/ca", "/cas", False)
+    assert make(PLAIN, environment, verify=False).route == make(PLAIN).route
 
 
-def test_one_route_per_environment():
-    assert make("https://m.example/a", environment={"SSL_CERT_FILE": "/1"}).route \
-        != make("https://m.example/a", environment={"SSL_CERT_FILE": "/2"}).route
-    assert MAX_REDIRECTS >= 5
+def test_one_route_for_each_set_of_certificates():
+    assert make(SECURE, {"SSL_CERT_FILE": "/1"}).route != make(SECURE, {"SSL_CERT_FILE": "/2"}).route
+    assert make(SECURE, {"SSL_CERT_FILE": "/1"}).route == make(SECURE, {"SSL_CERT_FILE": "/1", "HOME": "/h"}).route
+
+
+def test_another_route_authorization_or_url_is_another_question():
+    """Requests with equal keys share one answer."""
+    keys = {make(SECURE).key, make(SECURE, {"https_proxy": "http://proxy.example"}).key, make(SECURE, verify=False).key,
+            make(SECURE, authorization="Basic eA==").key, make(SECURE + "?y").key}
+    assert len(keys) == 5
+    assert make(SECURE, {"HOME": "/h"}).key == make(SECURE).key
+
+
+def test_redirect_keeps_the_key():
+    request = make(SECURE)
+    key = request.key
+    request.redirect("https://other.example/y")
+    assert request.key == key
+
+
+@pytest.mark.parametrize("one, other", [({"etag": '"a"'}, {"etag": '"b"'}), ({"etag": '"a"'}, {}),
+                                        ({"last-modified": "Tue, 07 Jul 2020 07:07:07 GMT"}, {})])
+def test_validators(one, other):
+    assert Response(200, one, 1).validators != Response(200, other, 1).validators
+    assert Response(200, one, 1).validators == Response(200, dict(one, date="now"), 2).validators
+
+
+@pytest.mark.parametrize("received, empty, left", [(0, False, b""), (5, True, b""), (0, True, b"old content")])
+def test_begin_body(tmp_path, received, empty, left):
+    """A file that is known to be empty is not truncated: ext4 would write it to the disk on close()."""
+    with open(tmp_path / "file", "w+b") as f:
+        f.write(b"old content")
+        f.flush()
+        request = Request("GET", PLAIN, {}, fd=f.fileno(), empty=empty)
+        request.received = received
+        request.begin_body()
+        assert (tmp_path / "file").read_bytes() == left
+        assert request.received == 0
+
+
+def test_begin_body_of_a_file_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_bytes(b"old content")
+    with open(tmp_path / "file", "rb") as f:
+        with pytest.raises(DestinationError):
+            Request("GET", PLAIN, {}, fd=f.fileno()).begin_body()

@@ -12,7 +12,8 @@ import pytest
 
 from bb import connections
 from bb.connections import request
-from bb.connections.server import Connections
+from bb.networksettings import number, settings
+from bb.sharedconnections import SharedConnections
 
 
 def datastore(**variables):
@@ -23,30 +24,54 @@ def datastore(**variables):
 
 
 def test_defaults():
-    assert connections.settings(datastore()) == (True, 4, 64, 1, ["mirror"], 64)
+    assert settings(datastore())._asdict() == {"enabled": True, "connections": 4, "threads": 1, "sources": ["mirror"],
+                                               "prefetch": 64}
 
 
-@pytest.mark.parametrize("value, enabled", [("", True), ("0", False), ("1", True)])
+@pytest.mark.parametrize("value, enabled", [("", True), (" ", True), ("0", False), ("1", True), (" 0 ", False), ("no", False),
+                                            ("Yes", True), ("false", False), ("n", False)])
 def test_switch(value, enabled):
-    assert connections.settings(datastore(BB_CONNECTION_CACHE=value)).enabled is enabled
+    assert settings(datastore(BB_CONNECTION_CACHE=value)).enabled is enabled
 
 
-@pytest.mark.parametrize("value", ["1", "4", "64"])
+@pytest.mark.parametrize("value", ["1", "4", "64", " 8 ", "007"])
 def test_maximum(value):
-    assert connections.settings(datastore(BB_CONNECTION_CACHE_MAX=value)).connections == int(value)
+    assert settings(datastore(BB_CONNECTION_CACHE_MAX=value)).connections == int(value)
+
+
+@pytest.mark.parametrize("value, sources", [("", ["mirror"]), ("mirror", ["mirror"]), (" mirror\n", ["mirror"]),
+                                            ("hashserv  mirror", ["hashserv", "mirror"])])
+def test_sources(value, sources):
+    assert settings(datastore(BB_SETSCENE_PRESENCE=value)).sources == sources
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1024"])
+def test_prefetch(value):
+    assert settings(datastore(BB_SETSCENE_PREFETCH=value)).prefetch == int(value)
+
+
+@pytest.mark.parametrize("value, result", [(None, None), ("", None), (" ", None), ("1", 1), ("999999999", 999999999)])
+def test_number_without_a_largest_one(value, result):
+    assert number("NAME", value) == result
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1" * 10, "1" * 5000])
+def test_not_a_number(value):
+    with pytest.raises(ValueError) as error:
+        number("NAME", value)
+    assert "NAME" in str(error.value) and "a positive integer" in str(error.value)
+    assert len(str(error.value)) < 120
 
 
 @pytest.mark.parametrize("name, value, allowed", [
-    ("BB_CONNECTION_CACHE", "yes", ["0", "1"]),
-    ("BB_CONNECTION_CACHE", "2", ["0", "1"]),
+    ("BB_CONNECTION_CACHE", "maybe", ['"0"', '"1"']),
+    ("BB_CONNECTION_CACHE", "2", ['"0"', '"1"']),
     ("BB_CONNECTION_CACHE_MAX", "0", ["1", "64"]),
     ("BB_CONNECTION_CACHE_MAX", "65", ["1", "64"]),
     ("BB_CONNECTION_CACHE_MAX", "-1", ["1", "64"]),
     ("BB_CONNECTION_CACHE_MAX", "4.0", ["1", "64"]),
     ("BB_CONNECTION_CACHE_MAX", "four", ["1", "64"]),
     ("BB_CONNECTION_CACHE_MAX", "\u0664", ["1", "64"]),
-    ("BB_CONNECTION_CACHE_DEPTH", "0", ["1", "1024"]),
-    ("BB_CONNECTION_CACHE_DEPTH", "1025", ["1", "1024"]),
     ("BB_SETSCENE_PREFETCH", "-1", ["0", "1024"]),
     ("BB_SETSCENE_PREFETCH", "many", ["0", "1024"]),
     ("BB_SETSCENE_PRESENCE", "hashserv", ["mirror", "hashserv mirror"]),
@@ -55,17 +80,18 @@ def test_maximum(value):
 def test_invalid_value_is_one_line_and_ends_the_build(name, value, allowed, caplog):
     d = datastore(**{name: value})
     with pytest.raises(ValueError) as error:
-        connections.settings(d)
+        settings(d)
     message = str(error.value)
     assert "\n" not in message
-    for part in [name, '"%s"' % value] + allowed:
+    assert message.startswith('Invalid value "%s" for %s, must be ' % (value, name))
+    for part in allowed:
         assert part in message
     with pytest.raises(bb.BBHandledException):
-        Connections(types.SimpleNamespace(extraconfigdata={}), d).start(needed=False)
+        SharedConnections(types.SimpleNamespace(extraconfigdata={}), d).start(needed=False)
 
 
-def test_threads_that_are_no_number_are_not_ours_to_complain_about():
-    assert connections.settings(datastore(BB_NUMBER_THREADS="abc")).threads == 1
+def test_invalid_number_of_threads_is_reported_elsewhere():
+    assert settings(datastore(BB_NUMBER_THREADS="abc")).threads == 1
 
 
 @pytest.mark.parametrize("error", [

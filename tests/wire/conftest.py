@@ -20,10 +20,9 @@ import bb
 import bb.data
 import pytest
 
-from bb.connections import client, host as host_module, server
-from bb.connections.pool import Pool
-from bb.connections.server import Connections
+from bb.sharedconnections import SharedConnections
 from netqueue.certificates import make_certificates
+from support.asking import Asking
 from support.build import Build
 from wire.peers import Peer
 
@@ -43,19 +42,24 @@ def peer():
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Pauses that are as long as a test may wait"""
-    monkeypatch.setattr(host_module, "PAUSE", 0.02)
-    monkeypatch.setattr(host_module, "BREAKER_AFTER", 0)
-    monkeypatch.setattr(host_module, "BREAKER_PAUSE", 0.05)
+def make_asking():
+    """Called with what Asking takes returns one. Fails the test that leaves a thread behind."""
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Asking(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for one in made:
+        assert one.stop(), "the thread has not ended"
+        assert one.messages == [], "a fault of ours"
 
 
 @pytest.fixture
-def pool(quick):
-    """Four connections a host. Fails the test that leaves a thread behind."""
-    made = Pool(4, timeout=10)
-    yield made
-    assert made.stop(), "a thread is left"
+def asking(make_asking):
+    """Four connections a host"""
+    return make_asking()
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +88,8 @@ def trusting(certificates):
 
 
 @pytest.fixture
-def start(quick):
-    """Called with variables starts a build's Connections, which are stopped at the end."""
+def start():
+    """Called with variables starts a build's SharedConnections, which are stopped at the end."""
     made = []
     before = threading.enumerate()
 
@@ -93,7 +97,7 @@ def start(quick):
         d = bb.data.init()
         for name, value in variables.items():
             d.setVar(name, value)
-        connections = Connections(types.SimpleNamespace(extraconfigdata={}), d)
+        connections = SharedConnections(types.SimpleNamespace(extraconfigdata={}), d)
         made.append(connections)
         connections.start()
         return connections
@@ -101,7 +105,6 @@ def start(quick):
     yield make
     for connections in made:
         connections.stop()
-    assert bb.connections.current() is None
     assert not [t for t in threading.enumerate() if t.name.startswith("connection") and t not in before]
 
 
@@ -111,18 +114,7 @@ def connections(start):
 
 
 @pytest.fixture
-def task_connections(start, monkeypatch):
-    """As in a task's process: there is a server, but not here"""
-    made = start()
-    monkeypatch.setattr(bb.connections, "_current", None)
-    monkeypatch.setattr(client, "_client", None)
-    yield made
-    if client._client and client._client._sock:
-        client._client._sock.close()
-
-
-@pytest.fixture
-def build(tmp_path, task_connections, monkeypatch):
+def build(tmp_path, connections, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    return Build(tmp_path, task_connections.address)
+    return Build(tmp_path, connections.server.address)

@@ -61,7 +61,7 @@ class Talk:
             name, _, value = line.partition(":")
             headers[name.lower()] = value.strip()
         request = Received(method, target, headers, self.number)
-        self.peer.requests.append(request)
+        self.peer.add(request)
         return request
 
     def requests(self):
@@ -146,6 +146,11 @@ class Peer:
     def note(self, data):
         with self._changed:
             self.received += data
+            self._changed.notify_all()
+
+    def add(self, request):
+        with self._changed:
+            self.requests.append(request)
             self._changed.notify_all()
 
     def _accept(self):

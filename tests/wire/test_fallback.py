@@ -1,21 +1,20 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""Whatever fails of the shared connections, a task fetches as it always did: nothing half on disk, one warning."""
+"""Whatever fails of the shared connections, a task fetches as without them: no half file on disk, one warning."""
 
 import os
 import signal
 import socket
 import threading
-import types
 from unittest import mock
 
 import bb
-import bb.connections
-import bb.data
 import bb.fetch2
 import pytest
 
-from bb.connections import client, protocol, server
+from bb.connections import protocol
+from bb.connections.server import ConnectionServer
+from bb.fetch2 import shared
 from support.asking import wait_until
 from wire import peers
 
@@ -27,9 +26,13 @@ def mirror(peer):
 
 @pytest.fixture
 def warnings(caplog):
+    """Different ones: what shows them shows each of these once"""
     caplog.set_level(1, logger="BitBake")
-    return lambda: [r.getMessage() for r in caplog.records
-                    if r.levelno >= 29 and "shared connections" in r.getMessage()]
+    return lambda: sorted({r.getMessage() for r in caplog.records
+                           if r.levelno >= 29 and "shared connections" in r.getMessage()})
+
+
+CANNOT_USE = "Cannot use the BitBake server's shared connections, fetching directly instead"
 
 
 def fetched_by_wget(build, name="x"):
@@ -57,13 +60,14 @@ def test_mirror_with_trouble(build, peer, script, warnings):
 
 def test_no_more_threads(start, monkeypatch, warnings):
     """The system may have none left"""
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as context:
         context.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
         connections = start()
-    assert (connections.pool, connections.address, bb.connections.current()) == (None, None, None)
-    assert warnings() == ["Fetching without shared connections, their socket and thread cannot be made: can't start new thread"]
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert connections.server is None
+    assert connections.cooker.extraconfigdata == {} and connections.d.getVar(shared.ADDRESS) is None
+    assert warnings() == ["Could not start shared connections, fetching directly instead: can't start new thread"]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_dies_once_in_the_body(build, peer):
@@ -99,56 +103,56 @@ def test_checkstatus_of_a_mirror_with_trouble_is_asked_as_stock(build, peer):
     assert seen[-1][0] == "GET"
 
 
-def test_server_is_gone(build, mirror, task_connections, warnings):
-    task_connections.stop()
+def test_server_is_gone(build, mirror, connections, warnings):
+    connections.stop()
     for name in ("x", "y"):
         build.fetch(mirror.url("/" + name))
         assert fetched_by_wget(build, name)
     assert len(build.wget_calls()) == 2
-    assert len(warnings()) == 1
+    assert warnings() == [CANNOT_USE]
     assert mirror.connections == 0
 
 
-def test_server_hangs(build, mirror, task_connections, warnings, monkeypatch):
+def test_server_hangs(build, mirror, warnings, monkeypatch):
+    """One that does not even show progress is not used again"""
     monkeypatch.setattr(protocol, "SILENCE_SECONDS", 0.1)
-    go_on = threading.Event()
-    task_connections._submit = lambda request: go_on.wait(10)
-    try:
-        for name in ("x", "y"):
-            build.fetch(mirror.url("/" + name))
-            assert fetched_by_wget(build, name)
-    finally:
-        go_on.set()
+    stranger = Stranger([[HELLO], []])
+    build.d.setVar(shared.ADDRESS, stranger.address)
+    for name in ("x", "y"):
+        build.fetch(mirror.url("/" + name))
+        assert fetched_by_wget(build, name)
+    stranger.close()
+    assert len(stranger.received) == 1
     assert len(build.wget_calls()) == 2
     assert build.left() == ["x", "y"]
-    assert len(warnings()) == 1
+    assert warnings() == [CANNOT_USE]
 
 
-def test_slow_mirror_is_not_a_server_that_hangs(build, peer, monkeypatch, start):
-    """Progress is heard, so the task goes on waiting"""
-    monkeypatch.setattr(protocol, "PROGRESS_SECONDS", 0.02)
-    monkeypatch.setattr(protocol, "SILENCE_SECONDS", 5)
-    heard = threading.Event()
-    receive = client.TaskClient._receive
-
-    def counting(self):
-        message = receive(self)
-        if message.get("progress") == 4:
-            heard.set()
-        return message
-    monkeypatch.setattr(client.TaskClient, "_receive", counting)
-
-    def script(talk):
-        talk.request()
-        talk.send(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf")
-        assert heard.wait(10)
-        talk.send(b"full")
-        talk.wait_closed()
-    build.d.setVar(bb.connections.ADDRESS, start().address)
-    monkeypatch.setattr(bb.connections, "_current", None)
-    build.fetch(peer(script).url())
-    assert build.read() == b"halffull"
+def test_progress_is_waited_for(build, mirror):
+    stranger = Stranger([[HELLO], [b'{"id": 1, "progress": 0}', b'{"id": 1, "progress": 4}', b'{"id": 1, "status": 404}']])
+    build.d.setVar(shared.ADDRESS, stranger.address)
+    with pytest.raises(bb.fetch2.FetchError):
+        build.fetch(mirror.url())
     assert build.wget_calls() == []
+    # So that the client of this thread, which the stranger waits for, is replaced
+    build.d.setVar(shared.ADDRESS, "0:nobody")
+    build.fetch(mirror.url())
+    stranger.close()
+    assert len(stranger.received) == 1
+
+
+def test_interrupted_while_it_waits(build, mirror, monkeypatch):
+    """The build is about to end: the request is cancelled, and the mirror not asked in another way"""
+    interrupted = threading.Event()
+    interrupted.set()
+    monkeypatch.setattr(bb.event, "_should_exit", interrupted)
+    stranger = Stranger([[HELLO], [b'{"id": 1, "progress": 0}']])
+    build.d.setVar(shared.ADDRESS, stranger.address)
+    ud = bb.fetch2.Fetch([mirror.url()], build.d, cache=False).ud[mirror.url()]
+    assert shared.checkstatus(ud, build.d) is False
+    # It is closed
+    stranger.close()
+    assert mirror.connections == 0
 
 
 def serve_in_child():
@@ -158,9 +162,9 @@ def serve_in_child():
     if not child:
         try:
             os.close(reader)
-            connections = server.Connections(types.SimpleNamespace(extraconfigdata={}), bb.data.init())
-            connections.start()
-            os.write(writer, connections.address.encode())
+            server = ConnectionServer()
+            server.start()
+            os.write(writer, server.address.encode())
             os.close(writer)
             signal.pause()
         finally:
@@ -178,7 +182,7 @@ def test_server_is_killed_in_the_body(build, peer, warnings):
         os.kill(child, signal.SIGKILL)
         talk.wait_closed()
     child, address = serve_in_child()
-    build.d.setVar(bb.connections.ADDRESS, address)
+    build.d.setVar(shared.ADDRESS, address)
     try:
         build.fetch(peer(script).url())
     finally:
@@ -186,29 +190,30 @@ def test_server_is_killed_in_the_body(build, peer, warnings):
     assert len(build.wget_calls()) == 1
     assert fetched_by_wget(build)
     assert build.left() == ["x"]
-    assert len(warnings()) == 1
+    assert warnings() == [CANNOT_USE]
 
 
 def test_server_is_killed_while_a_task_waits(build, peer):
     mirror = peer(peers.hangs)
     child, address = serve_in_child()
-    build.d.setVar(bb.connections.ADDRESS, address)
+    build.d.setVar(shared.ADDRESS, address)
     killer = threading.Thread(target=lambda: (mirror.wait_for(lambda p: p.requests), os.kill(child, signal.SIGKILL)))
     killer.start()
     ud = bb.fetch2.Fetch([mirror.url()], build.d, cache=False).ud[mirror.url()]
-    assert client.download(ud, build.d, str(build.downloads / "x")) is None
+    assert shared.download(ud, build.d, str(build.downloads / "x")) is None
     killer.join(10)
     os.waitpid(child, 0)
     assert build.left() == []
-    assert client.checkstatus(ud, build.d) is None
+    assert shared.checkstatus(ud, build.d) is None
 
 
 class Stranger:
-    """Something else at the address: a script for one task"""
+    """Something else at the address, for one task: sends each list of packets, and receives one after each list"""
 
     def __init__(self, script):
         self.name = "bitbake-test-%s-%s" % (os.getpid(), id(self))
-        self.heard = []
+        self.received = []
+        self.abandoned = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind("\0" + self.name)
         self._listener.listen()
@@ -223,46 +228,53 @@ class Stranger:
         sock, _ = self._listener.accept()
         sock.settimeout(10)
         with sock:
-            for answer in script:
-                sock.send(answer)
-                data = sock.recv(1 << 20)
+            for packets in script:
+                for packet in packets:
+                    sock.send(packet)
+                try:
+                    data = sock.recv(1 << 20)
+                except socket.timeout:
+                    self.abandoned = True
+                    return
                 if not data:
                     return
-                self.heard.append(data)
+                self.received.append(data)
 
     def close(self):
+        """Waits until the client has closed, or the script is at its end"""
+        self._thread.join(15)
+        assert not self._thread.is_alive() and not self.abandoned, "the client has not closed"
         self._listener.close()
-        self._thread.join(10)
 
 
 HELLO = b'{"hello": 1}'
 
 
 @pytest.mark.parametrize("script, requests", [
-    ([b'{"hello": 2}'] * 2, 0),
-    ([b'{"hello": "1"}'] * 2, 0),
-    ([b'{"schemes": []}'] * 2, 0),
-    ([b"SSH-2.0-x"] * 2, 0),
-    ([b"[]"] * 2, 0),
+    ([[b'{"hello": 2}']] * 2, 0),
+    ([[b'{"hello": "1"}']] * 2, 0),
+    ([[b'{"schemes": []}']] * 2, 0),
+    ([[b"SSH-2.0-x"]] * 2, 0),
+    ([[b"[]"]] * 2, 0),
     ([], 0),
-    ([HELLO], 1),
-    ([HELLO, b"nonsense"], 1),
-    ([HELLO, b"{}"], 1),
-    ([HELLO, b'{"id": 99, "status": 200, "size": 0}'], 1),
-    ([HELLO, b'{"id": 1}'], 1),
-    ([HELLO, b'{"id": null, "error": "protocol", "message": "no"}'], 1),
-    ([HELLO, b"x" * 70000], 1),
+    ([[HELLO]], 1),
+    ([[HELLO], [b"nonsense"]], 1),
+    ([[HELLO], [b"{}"]], 1),
+    ([[HELLO], [b'{"id": 99, "status": 200, "size": 0}']], 1),
+    ([[HELLO], [b'{"id": 1}']], 1),
+    ([[HELLO], [b'{"id": null, "error": "protocol", "message": "no"}']], 1),
+    ([[HELLO], [b"x" * 70000]], 1),
 ])
 def test_what_is_no_server_of_ours(build, mirror, warnings, script, requests):
     stranger = Stranger(script)
-    build.d.setVar(bb.connections.ADDRESS, stranger.address)
+    build.d.setVar(shared.ADDRESS, stranger.address)
     build.fetch(mirror.url())
     stranger.close()
-    assert len(stranger.heard) == requests
+    assert len(stranger.received) == requests
     assert len(build.wget_calls()) == 1
     assert fetched_by_wget(build)
     assert build.left() == ["x"]
-    assert len(warnings()) == 1
+    assert warnings() == [CANNOT_USE]
 
 
 @pytest.mark.parametrize("answer", [
@@ -273,30 +285,32 @@ def test_what_is_no_server_of_ours(build, mirror, warnings, script, requests):
 ])
 def test_answer_without_the_file(build, mirror, answer):
     """Whatever the server says, the bytes have to be there"""
-    stranger = Stranger([HELLO, answer])
-    build.d.setVar(bb.connections.ADDRESS, stranger.address)
+    stranger = Stranger([[HELLO], [answer]])
+    build.d.setVar(shared.ADDRESS, stranger.address)
     build.fetch(mirror.url())
-    client._client._sock.close()
+    # So that the client of this thread, which the stranger waits for, is replaced
+    build.d.setVar(shared.ADDRESS, "0:nobody")
+    build.fetch(mirror.url("/y"))
     stranger.close()
-    assert fetched_by_wget(build)
-    assert build.left() == ["x"]
+    assert build.read() == b"from wget"
+    assert build.left() == ["x", "y"]
 
 
 @pytest.mark.parametrize("address", ["", "nonsense", "0", ":", "12345678:bitbake-none"])
 def test_address_that_is_none(build, mirror, address):
-    build.d.setVar(bb.connections.ADDRESS, address)
+    build.d.setVar(shared.ADDRESS, address)
     build.fetch(mirror.url())
     assert fetched_by_wget(build)
 
 
-def test_socket_of_another_user(build, mirror, task_connections, warnings):
-    """Who could take the name once the server is gone"""
-    _, _, name = task_connections.address.partition(":")
-    build.d.setVar(bb.connections.ADDRESS, "%s:%s" % (os.geteuid() + 1, name))
+def test_socket_of_another_user(build, mirror, connections, warnings):
+    """Another user may take the name once the server has gone"""
+    _, _, name = connections.server.address.partition(":")
+    build.d.setVar(shared.ADDRESS, "%s:%s" % (os.geteuid() + 1, name))
     build.fetch(mirror.url())
     assert fetched_by_wget(build)
     assert mirror.connections == 0
-    assert len(warnings()) == 1
+    assert warnings() == [CANNOT_USE]
 
 
 def test_url_that_is_too_long_for_a_message(build, mirror, warnings):
@@ -306,16 +320,15 @@ def test_url_that_is_too_long_for_a_message(build, mirror, warnings):
     assert build.read("y") == b"content", "the connection is good for others"
 
 
-def test_query_ends_with_the_build(build, peer, task_connections, monkeypatch):
-    """The presence query in the server does not wait for a mirror that hangs when the pool is stopped"""
+def test_query_ends_with_the_build(build, peer, connections):
+    """A query in the server does not wait for a mirror that hangs"""
     mirror = peer(peers.hangs)
-    monkeypatch.setattr(bb.connections, "_current", task_connections)
     build.d.delVar("BB_WORKERCONTEXT")
     ud = bb.fetch2.Fetch([mirror.url()], build.d, cache=False).ud[mirror.url()]
     found = []
-    query = threading.Thread(target=lambda: found.append(client.checkstatus(ud, build.d)))
+    query = threading.Thread(target=lambda: found.append(shared.checkstatus(ud, build.d)))
     query.start()
     mirror.wait_for(lambda p: p.requests)
-    task_connections.stop()
+    connections.stop()
     query.join(15)
     assert found == [None]

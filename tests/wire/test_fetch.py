@@ -1,6 +1,6 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""fetch2 over the shared connections, in a setscene task, and what is left on disk; the same as wget leaves."""
+"""fetch2 over the shared connections, in a setscene task: what is on disk afterwards is what wget would leave."""
 
 import errno
 import hashlib
@@ -13,7 +13,8 @@ import bb.msg
 import bb.utils
 import pytest
 
-from bb.connections import client, server
+from bb.connections.client import Client
+from bb.fetch2 import shared
 from support.build import Build
 from wire import peers
 
@@ -41,8 +42,8 @@ def test_to_another_name(build, mirror):
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
-def test_file_is_like_wgets(build, mirror, umask, tmp_path, task_connections):
-    stock = Build(tmp_path / "stock", task_connections.address)
+def test_file_is_like_wgets(build, mirror, umask, tmp_path, connections):
+    stock = Build(tmp_path / "stock", connections.server.address)
     stock.use_real_wget()
     with bb.utils.umask(umask):
         build.fetch(mirror.url())
@@ -112,8 +113,8 @@ def test_empty(build, mirror):
     assert build.wget_calls() == []
 
 
-def test_wrong_checksum(build, mirror, tmp_path, task_connections):
-    stock = Build(tmp_path / "stock", task_connections.address)
+def test_wrong_checksum(build, mirror, tmp_path, connections):
+    stock = Build(tmp_path / "stock", connections.server.address)
     stock.use_real_wget()
     uri = mirror.url("/x;sha256sum=" + "0" * 64)
     errors = []
@@ -138,8 +139,8 @@ def test_checkstatus(build, mirror):
     assert mirror.connections == 1
 
 
-def test_presence_query_in_the_server(build, mirror, task_connections, monkeypatch):
-    monkeypatch.setattr(bb.connections, "_current", task_connections)
+def test_presence_query_in_the_server(build, mirror):
+    """It has the address only while it asks which objects exist, but not what tells a task"""
     build.d.delVar("BB_WORKERCONTEXT")
     build.d.delVar("BB_CURRENTTASK")
     for _ in range(20):
@@ -147,6 +148,24 @@ def test_presence_query_in_the_server(build, mirror, task_connections, monkeypat
         assert not build.exists(mirror.url("/missing"))
     assert mirror.connections == 1
     assert mirror.targets == ["/x", "/missing"], "each is asked once in a build"
+
+
+def test_threads_have_connections_of_their_own(build, peer):
+    """As in a query without batches, which asks from several threads"""
+    def script(talk):
+        for request in talk.requests():
+            # Only if the others are asked at the same time
+            together.wait()
+            talk.answer(request)
+    together = threading.Barrier(4, timeout=15)
+    mirror = peer(script)
+    found = []
+    threads = [threading.Thread(target=lambda i=i: found.append(build.exists(mirror.url("/%s" % i)))) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(15)
+    assert found == [True] * 4
 
 
 def test_login_from_the_url(build, mirror):
@@ -216,7 +235,7 @@ def stock_build(build, mirror):
 
 @pytest.mark.parametrize("name, value", [
     ("BB_CONNECTION_CACHE", "0"), ("BB_CURRENTTASK", "fetch"), ("BB_CURRENTTASK", None),
-    ("BB_WORKERCONTEXT", None), ("BB_CONNECTION_CACHE_ADDRESS", None),
+    ("BB_CONNECTION_CACHE_ADDRESS", None),
 ])
 def test_stock_without(build, mirror, name, value):
     if value is None:
@@ -240,24 +259,24 @@ def test_disk_full(build, mirror, monkeypatch):
         if str(path).startswith(str(build.downloads / "x")) and not str(path).endswith(".lock"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, *args, **kwargs)
-    monkeypatch.setattr(client.os, "open", full)
+    monkeypatch.setattr(shared.os, "open", full)
     assert stock_build(build, mirror)
 
 
-def test_tasks_share_four_connections(build, peer, task_connections):
+def test_tasks_share_four_connections(build, peer, connections):
     """Twelve tasks' clients at once, each with its archive and .siginfo"""
     names = ["%s%s" % (i, suffix) for i in range(12) for suffix in ("", ".siginfo")]
     mirror = peer(peers.serve({"/" + name: name.encode() * 1000 for name in names}))
     outcomes = []
 
     def task(i):
-        own = client.TaskClient(task_connections.address)
+        own = Client(connections.server.address)
         for suffix in ("", ".siginfo"):
             path = build.downloads / ("%s%s" % (i, suffix))
             with open(path, "w+b") as f:
                 answer = own.ask({"method": "GET", "url": mirror.url("/" + path.name)}, f.fileno())
                 outcomes.append((answer.status, answer.size == len(path.name) * 1000))
-        own._sock.close()
+        own.close()
     threads = [threading.Thread(target=task, args=(i,)) for i in range(12)]
     for thread in threads:
         thread.start()

@@ -1,99 +1,102 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""How answers are framed: what a connection takes for an answer, and what it must not."""
+"""How answers are framed: what is accepted as an answer, and what must not be."""
 
 import threading
 
 import pytest
 
-from bb.connections import Cancelled, Disconnected, ProtocolError, StatusError, TimedOutError, http
-from bb.connections.http import HTTPConnection
-from support.asking import Asked, exchange_one
+from bb.connections import ProtocolError, StatusError, TimedOutError
+from bb.connections.host import ATTEMPTS, TIMEOUT_ATTEMPTS
+from bb.connections.http import MAX_CHUNK_LINE, MAX_HEAD, MAX_TRAILERS
+from support.asking import Asked
 from wire import peers
 from wire.peers import raw
 
-
-def exchange(peer, method="GET", timeout=10, requests=1):
-    """Ask peer over one connection; returns the Asked objects, the last with .response or .raised."""
-    made = []
-    connection = HTTPConnection(Asked("HEAD", peer.url()).request.origin, Asked("HEAD", peer.url()).request.route, timeout)
-    connection.connect()
-    try:
-        for i in range(requests):
-            asked = Asked(method, peer.url("/%s" % i))
-            asked.raised = None
-            made.append(asked)
-            try:
-                asked.response = exchange_one(connection, asked.request)
-            except Exception as e:
-                asked.raised = e
-                break
-            asked.reusable = connection.reusable
-            if not connection.reusable:
-                break
-    finally:
-        connection.close()
-    return made
-
-
-def one(peer, method="GET", **kwargs):
-    return exchange(peer, method, **kwargs)[0]
-
-
 OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+def one_by_one(asking):
+    """Called with a peer returns the Asked objects of requests for /0, /1... one after the other"""
+    def ask(peer, method="GET", number=1):
+        return asking.one_by_one(method, [peer.url("/%s" % i) for i in range(number)])
+    return ask
+
+
+def then_right(*answers):
+    """Sends answers on the first connection, each for a request, then closes; works on the next ones."""
+    def script(talk):
+        if talk.number > 1:
+            peers.keep_alive(talk)
+        else:
+            raw(*answers)(talk)
+    return script
 
 
 @pytest.mark.parametrize("answer, body", [
     (OK + b"Content-Length: 4\r\n\r\nbody", b"body"),
     (OK + b"content-length:4\r\n\r\nbody", b"body"),
+    (OK + b"Content-Length: \t 4 \t\r\n\r\nbody", b"body"),
     (OK + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\nbody", b"body"),
+    (OK + b"Content-Length: 4, 4\r\n\r\nbody", b"body"),
+    (OK + b"Content-Length: 004\r\n\r\nbody", b"body"),
+    (OK + b"X: \xe9\r\nContent-Length: 4\r\n\r\nbody", b"body"),
     (OK + b"Content-Length: 0\r\n\r\n", b""),
     (b"HTTP/1.1 200\r\nContent-Length: 4\r\n\r\nbody", b"body"),
-    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK + b"Content-Length: 4\r\n\r\nbody", b"body"),
-    (OK + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", b"body"),
+    (b"HTTP/1.1 200 \xc3\xa9t\xc3\xa9\r\nContent-Length: 4\r\n\r\nbody", b"body"),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK
+     + b"Content-Length: 4\r\n\r\nbody", b"body"),
+    (CHUNKED + b"4\r\nbody\r\n0\r\n\r\n", b"body"),
     (OK + b"Transfer-Encoding: Chunked\r\n\r\n2;a=b\r\nbo\r\n02 ; c\r\ndy\r\n000\r\nX-Trailer: y\r\nZ: y\r\n\r\n", b"body"),
-    (OK + b"Transfer-Encoding: chunked\r\n\r\n0A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2),
-    (OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b""),
+    (CHUNKED + b"0A\r\n0123456789\r\na\r\n0123456789\r\n0\r\n\r\n", b"0123456789" * 2),
+    (CHUNKED + b"0\r\n\r\n", b""),
 ])
-def test_good_answer(peer, answer, body):
-    asked = one(peer(raw(answer)))
-    assert asked.raised is None
-    assert (asked.response.status, asked.response.length) == (200, len(body))
-    assert asked.body() == body
-    assert asked.reusable
+def test_good_answer(peer, one_by_one, answer, body):
+    """And the connection is used for the next one."""
+    there = peer(raw(answer, answer))
+    for asked in one_by_one(there, number=2):
+        response, error = asked.wait()
+        assert error is None
+        assert (response.status, response.length) == (200, len(body))
+        assert asked.body() == body
+    assert there.connections == 1
 
 
-def test_answer_in_single_bytes(peer):
+def test_answer_in_single_bytes(peer, one_by_one):
     def script(talk):
-        talk.request()
-        for byte in OK + b"Transfer-Encoding: chunked\r\n\r\n3;x\r\nabc\r\n1\r\nd\r\n0\r\nT: t\r\n\r\n":
-            talk.send(bytes([byte]))
-    assert one(peer(script)).body() == b"abcd"
+        for _ in talk.requests():
+            for byte in CHUNKED + b"3;x\r\nabc\r\n1\r\nd\r\n0\r\nT: t\r\n\r\n":
+                talk.send(bytes([byte]))
+    assert [(one.status(), one.body()) for one in one_by_one(peer(script), number=3)] == [(200, b"abcd")] * 3
 
 
-def test_long_bodies_in_a_row(peer):
-    bodies = [bytes([i]) * (300000 + i) for i in range(5)]
+def test_long_bodies_in_a_row(peer, one_by_one):
+    bodies = [bytes([i]) * (200000 + i) for i in range(5)]
 
     def script(talk):
         for body in bodies:
             talk.answer(talk.request(), body)
-    asked = exchange(peer(script), requests=5)
-    assert [a.body() for a in asked] == bodies
+        talk.wait_closed()
+    assert [one.body() for one in one_by_one(peer(script), number=5) if one.status() == 200] == bodies
 
 
-def test_long_chunked_body(peer):
+@pytest.mark.parametrize("size", [9999, 64 * 1024, 255 * 1024])
+def test_long_chunked_body(peer, one_by_one, size):
     body = bytes(range(256)) * 4000
 
     def script(talk):
         talk.request()
-        talk.send(OK + b"Transfer-Encoding: chunked\r\n\r\n")
-        for i in range(0, len(body), 9999):
-            chunk = body[i:i + 9999]
+        talk.send(CHUNKED)
+        for i in range(0, len(body), size):
+            chunk = body[i:i + size]
             talk.send(b"%x\r\n%s\r\n" % (len(chunk), chunk))
         talk.send(b"0\r\n\r\n")
-    asked = one(peer(script))
+        talk.wait_closed()
+    asked, = one_by_one(peer(script))
+    assert asked.wait()[0].length == len(body)
     assert asked.body() == body
-    assert asked.response.length == len(body)
 
 
 @pytest.mark.parametrize("answer", [
@@ -106,170 +109,232 @@ def test_long_chunked_body(peer):
     OK + b"Content-Length: 0x4\r\n\r\nbody",
     OK + b"Content-Length: \r\n\r\nbody",
     OK + b"Content-Length: four\r\n\r\nbody",
+    OK + b"Content-Length: \xb2\r\n\r\nbody",
+    OK + b"Content-Length: " + b"1" * 5000 + b"\r\n\r\nbody",
     OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n",
     OK + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nbody\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n3\r\nbody\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n-4\r\nbody\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n0x4\r\nbody\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n1_0\r\nbody\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n\r\nbody\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\nz\r\nbody\r\n0\r\n\r\n",
-    OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"4" * 5000,
-    OK + b"X: " + b"y" * http.MAX_HEAD + b"\r\nContent-Length: 4\r\n\r\nbody",
+    CHUNKED + b"4\r\nbody",
+    CHUNKED + b"4\r\nbody\r\n",
+    CHUNKED + b"4\r\nbody\r\n0\r\n",
+    CHUNKED + b"5\r\nbody\r\n0\r\n\r\n",
+    CHUNKED + b"3\r\nbody\r\n0\r\n\r\n",
+    CHUNKED + b"-4\r\nbody\r\n0\r\n\r\n",
+    CHUNKED + b"0x4\r\nbody\r\n0\r\n\r\n",
+    CHUNKED + b"1_0\r\nbody\r\n0\r\n\r\n",
+    CHUNKED + b"\r\nbody\r\n0\r\n\r\n",
+    CHUNKED + b"z\r\nbody\r\n0\r\n\r\n",
+    CHUNKED + b"4" * 5000,
+    CHUNKED + b"4;" + b"x" * MAX_CHUNK_LINE + b"\r\nbody\r\n0\r\n\r\n",
+    CHUNKED + b"0\r\n" + b"T: t\r\n" * (MAX_TRAILERS + 1) + b"\r\n",
+    OK + b"X: " + b"y" * MAX_HEAD + b"\r\nContent-Length: 4\r\n\r\nbody",
+    OK + b"X: " + b"y" * 2 * MAX_HEAD,
     OK + b"Content-Length: 4\r\nX",
     OK + b"no header\r\nContent-Length: 4\r\n\r\nbody",
     OK + b"Content-Length : 4\r\n\r\nbody",
     OK + b"X: y\r\n folded: 1\r\nContent-Length: 4\r\n\r\nbody",
+    OK + b"X: y\rContent-Length: 5\r\nContent-Length: 4\r\n\r\nbody",
+    OK + b"X: y\nContent-Length: 5\r\nContent-Length: 4\r\n\r\nbody",
+    OK + b": y\r\nContent-Length: 4\r\n\r\nbody",
     b"HTTP/2 200 OK\r\nContent-Length: 4\r\n\r\nbody",
+    b"HTTP/1.2 200 OK\r\nContent-Length: 4\r\n\r\nbody",
     b"HTTP/1.1 20 OK\r\nContent-Length: 4\r\n\r\nbody",
+    b"HTTP/1.1 2000 OK\r\nContent-Length: 4\r\n\r\nbody",
     b"HTTP/1.1 OK\r\nContent-Length: 4\r\n\r\nbody",
+    b"HTTP/1.1  200 OK\r\nContent-Length: 4\r\n\r\nbody",
     b"SSH-2.0-OpenSSH_9.8\r\n\r\n",
     b"\r\n\r\n",
     b"\x16\x03\x01\x00\x02\x02\x28\r\n\r\n",
-    b"HTTP/1.1 100 Continue\r\n\r\n",
-    b"",
+    b"H",
 ])
-def test_broken_answer(peer, answer):
-    asked = one(peer(raw(answer)))
-    assert isinstance(asked.raised, ProtocolError), asked.raised or asked.response
-    assert asked.raised.retryable
-    assert "\n" not in str(asked.raised)
+def test_broken_answer(peer, one_by_one, answer):
+    there = peer(raw(answer))
+    asked, = one_by_one(there)
+    error = asked.error()
+    assert isinstance(error, ProtocolError)
+    assert "\n" not in str(error)
+    # Without a pause, on a new connection each time
+    assert there.connections == ATTEMPTS
 
 
-def test_closed_without_an_answer_is_told_apart(peer):
-    assert isinstance(one(peer(raw(b""))).raised, Disconnected)
-    assert not isinstance(one(peer(raw(b"H"))).raised, Disconnected)
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 100 Continue\r\n\r\n"])
+def test_closed_without_an_answer_is_a_refusal(peer, asking, one_by_one, answer):
+    """That is how servers behave whose limit of connections is reached."""
+    there = peer(then_right(answer))
+    assert one_by_one(there)[0].status() == 200
+    assert there.connections == 2
+    assert asking.count("refusals") == 1
 
 
-def test_transfer_encoding_wins_over_a_length_and_ends_the_connection(peer):
+def test_closed_in_an_answer_is_no_refusal(peer, asking, one_by_one):
+    assert one_by_one(peer(then_right(b"H")))[0].status() == 200
+    assert (asking.count("refusals"), asking.count("retries")) == (0, 1)
+
+
+def test_transfer_encoding_wins_over_a_length_and_ends_the_connection(peer, one_by_one):
     """RFC 9112 6.3: such a message may be an attempt to smuggle, so nothing behind it can be trusted."""
-    asked = one(peer(raw(OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n")))
-    assert asked.raised or (asked.body() == b"body" and not asked.reusable)
+    smuggled = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"
+    there = peer(then_right(OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n" + smuggled))
+    assert [one.body() for one in one_by_one(there, number=2) if one.status() == 200] == [b"body", b"/1"]
+    assert there.connections == 2
 
 
 @pytest.mark.parametrize("behind", [b"garbage", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"])
-def test_what_follows_an_answer_is_not_taken_for_the_next(peer, behind):
-    """RFC 9112 9.2: no outstanding request, no answer; the bytes come with the first answer or later."""
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_follows_an_answer_is_not_the_next(peer, one_by_one, behind, method):
+    """RFC 9112 9.2: the bytes come with the first answer or later."""
     def script(talk):
-        request = talk.request()
-        talk.send(OK + b"Content-Length: 4\r\n\r\nbody" + behind)
-        if talk.request():
-            talk.answer(request, b"right")
-    asked = exchange(peer(script), requests=2)
-    assert asked[0].body() == b"body"
-    for later in asked[1:]:
-        assert isinstance(later.raised, ProtocolError), later.body()
+        for request in talk.requests():
+            talk.answer(request, request.target.encode())
+            talk.send(behind)
+    asked = one_by_one(peer(script), method, number=5)
+    assert [one.wait()[0].length for one in asked] == [2] * 5
+    assert method == "HEAD" or [one.body() for one in asked] == [b"/%d" % i for i in range(5)]
 
 
-def test_answer_that_nobody_asked_for_is_not_the_next(peer):
+@pytest.mark.parametrize("status", [404, 408])
+def test_answer_without_a_request_is_not_the_next(peer, asking, status):
     """As servers send 408 on an idle connection before they close it."""
     answered, sent = threading.Event(), threading.Event()
 
     def script(talk):
+        if talk.number > 1:
+            peers.keep_alive(talk)
+            return
         talk.answer(talk.request(), b"body")
         assert answered.wait(10)
-        talk.send(b"HTTP/1.1 404 Wrong\r\nContent-Length: 0\r\n\r\n")
+        talk.send(b"HTTP/1.1 %d Wrong\r\nContent-Length: 0\r\n\r\n" % status)
         sent.set()
         talk.wait_closed()
     there = peer(script)
-    connection = HTTPConnection(Asked("HEAD", there.url()).request.origin, Asked("HEAD", there.url()).request.route)
-    connection.connect()
-    assert exchange_one(connection, Asked("GET", there.url()).request).status == 200
+    assert asking.one_by_one("GET", [there.url("/0")])[0].status() == 200
     answered.set()
     assert sent.wait(10)
-    with pytest.raises(ProtocolError):
-        exchange_one(connection, Asked("HEAD", there.url("/2")).request)
-    connection.close()
+    assert asking.one_by_one("HEAD", [there.url("/1")])[0].status() == 200
+    assert there.connections == 2
+    assert (asking.count("refusals"), asking.count("retries")) == (0, 0)
 
 
-def test_answer_before_any_request_is_not_the_first(peer):
-    """As servers send 408 to who has connected and asks nothing."""
-    sent = threading.Event()
+def test_answer_before_any_request_is_not_the_first(peer, make_asking, tls, trusting):
+    """As servers send 408 on a connection that is not used."""
+    answered, go_on = threading.Event(), threading.Event()
 
     def script(talk):
-        talk.send(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        sent.set()
-        talk.wait_closed()
+        if talk.number == 2:
+            # Not ready before all has been answered over the first connection
+            assert answered.wait(10)
+        talk.start_tls(tls)
+        if talk.number == 2:
+            talk.send(b"HTTP/1.1 404 Wrong\r\nContent-Length: 0\r\n\r\n")
+            talk.wait_closed()
+            return
+        for request in talk.requests():
+            if request.target == "/held":
+                go_on.wait(10)
+            talk.answer(request)
     there = peer(script)
-    asked = Asked("HEAD", there.url())
-    connection = HTTPConnection(asked.request.origin, asked.request.route)
-    connection.connect()
-    assert sent.wait(10)
-    with pytest.raises(ProtocolError):
-        exchange_one(connection, asked.request)
-    connection.close()
+    asking = make_asking(2)
+
+    def ask(*targets):
+        return asking.ask("GET", [there.url(target).replace("http:", "https:") for target in targets], trusting)
+    assert [one.status() for one in ask("/0", "/1")] == [200] * 2
+    there.wait_for(lambda p: p.connections == 2)
+    answered.set()
+    there.wait_for(lambda p: p.open == 1, "the second connection is closed")
+    held, = ask("/held")
+    there.wait_for(lambda p: p.targets[-1] == "/held")
+    asked, = ask("/2")
+    assert asked.status() == 200
+    go_on.set()
+    assert held.status() == 200
+    assert there.connections == 3
+    assert (asking.count("refusals"), asking.count("retries")) == (0, 0)
 
 
-def test_no_length_at_all(peer):
-    asked = one(peer(raw(OK + b"\r\nbody")))
-    assert isinstance(asked.raised, StatusError)
-    assert one(peer(raw(OK + b"\r\n")), "HEAD").response.length is None
+def test_no_length_at_all(peer, one_by_one):
+    asked, = one_by_one(peer(raw(OK + b"\r\nbody")))
+    assert isinstance(asked.error(), StatusError)
+    asked, = one_by_one(peer(raw(OK + b"\r\n")), "HEAD")
+    assert asked.wait()[0].length is None
 
 
-@pytest.mark.parametrize("answer, length", [
-    (OK + b"Content-Length: 1000000\r\n\r\n", 1000000),
-    (OK + b"Transfer-Encoding: chunked\r\n\r\n", None),
-    (b"HTTP/1.1 204 No Content\r\n\r\n", None),
-    (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", 7),
+@pytest.mark.parametrize("answer, status, length", [
+    (OK + b"Content-Length: 1000000\r\n\r\n", 200, 1000000),
+    (CHUNKED, 200, None),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", 204, None),
+    (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", 304, 7),
 ])
-def test_head_has_no_body(peer, answer, length):
-    asked = exchange(peer(raw(answer, answer)), "HEAD", requests=2)
-    assert [a.response.length for a in asked] == [length, length]
-
-
-@pytest.mark.parametrize("status", [404, 410, 403, 405, 500])
-def test_body_of_an_error_is_not_in_the_file(peer, status):
-    there = peer(peers.with_status(status))
-    asked = exchange(there, requests=3)
-    assert [(a.response.status, a.body()) for a in asked] == [(status, b"")] * 3
+def test_head_has_no_body(peer, one_by_one, answer, status, length):
+    there = peer(raw(answer, answer))
+    asked = one_by_one(there, "HEAD", number=2)
+    assert [one.wait()[0][::2] for one in asked] == [(status, length)] * 2
     assert there.connections == 1
 
 
-def test_long_error_page_is_not_read(peer):
+@pytest.mark.parametrize("status", [204, 304])
+def test_statuses_without_a_body(peer, one_by_one, status):
+    there = peer(raw(*[b"HTTP/1.1 %d X\r\nContent-Length: 7\r\n\r\n" % status] * 2))
+    asked = one_by_one(there, number=2)
+    assert [(one.status(), one.body()) for one in asked] == [(status, b"")] * 2
+    assert there.connections == 1
+
+
+@pytest.mark.parametrize("status", [404, 410, 403, 405, 500])
+def test_body_of_an_error_is_not_in_the_file(peer, one_by_one, status):
+    there = peer(peers.with_status(status))
+    assert [(one.status(), one.body()) for one in one_by_one(there, number=3)] == [(status, b"")] * 3
+    assert there.connections == 1
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 500 No\r\nContent-Length: 1000000000\r\n\r\n", b"HTTP/1.1 500 No\r\n\r\n"])
+def test_long_error_page_is_not_read(peer, one_by_one, answer):
     def script(talk):
-        talk.send(b"HTTP/1.1 404 No\r\nContent-Length: 1000000000\r\n\r\n" * bool(talk.request()))
-        talk.wait_closed()
-    asked = one(peer(script))
-    assert asked.response.status == 404
-    assert not asked.reusable
+        if talk.request():
+            talk.send(answer)
+            talk.wait_closed()
+    there = peer(script)
+    assert [one.status() for one in one_by_one(there, number=2)] == [500] * 2
+    assert there.connections == 2
 
 
-@pytest.mark.parametrize("answer, reusable", [
+def test_endless_error_page_in_chunks_is_not_read(peer, one_by_one):
+    def script(talk):
+        if talk.request():
+            talk.send(b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n")
+            while True:
+                talk.send(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+    assert isinstance(one_by_one(peer(script))[0].error(), ProtocolError)
+
+
+@pytest.mark.parametrize("answer, kept", [
     (OK + b"Connection: close\r\nContent-Length: 0\r\n\r\n", False),
     (OK + b"Connection: Foo, CLOSE\r\nContent-Length: 0\r\n\r\n", False),
+    (OK + b"Connection: foo\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", False),
     (OK + b"Connection: foo\r\nContent-Length: 0\r\n\r\n", True),
     (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", False),
     (b"HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\nContent-Length: 0\r\n\r\n", True),
 ])
-def test_whether_the_connection_can_be_used_again(peer, answer, reusable):
-    assert one(peer(raw(answer))).reusable is reusable
+def test_whether_the_connection_can_be_used_again(peer, one_by_one, answer, kept):
+    def script(talk):
+        for _ in talk.requests():
+            talk.send(answer)
+    there = peer(script)
+    assert [one.status() for one in one_by_one(there, number=2)] == [200] * 2
+    assert there.connections == (1 if kept else 2)
 
 
-@pytest.mark.parametrize("before", [b"", b"HTTP/1.1 200 OK\r\nContent-", OK + b"Content-Length: 9\r\n\r\nbody"])
-def test_silence(peer, before):
+@pytest.mark.parametrize("before", [b"HTTP/1.1 200 OK\r\nContent-", OK + b"Content-Length: 9\r\n\r\nbody"])
+def test_silence_in_an_answer(peer, make_asking, before):
     def script(talk):
         talk.request()
         talk.send(before)
         talk.wait_closed()
-    asked = one(peer(script), timeout=0.1)
-    assert isinstance(asked.raised, TimedOutError)
+    there = peer(script)
+    asked, = make_asking(timeout=0.1).ask("GET", [there.url()])
+    assert isinstance(asked.error(), TimedOutError)
+    assert there.connections == TIMEOUT_ATTEMPTS
 
 
-def test_abort_ends_an_exchange(peer):
-    there = peer(peers.hangs)
-    connection = HTTPConnection(Asked("HEAD", there.url()).request.origin, Asked("HEAD", there.url()).request.route)
-    connection.connect()
-    threading.Thread(target=lambda: (there.wait_for(lambda p: p.requests), connection.abort())).start()
-    with pytest.raises(ProtocolError):
-        exchange_one(connection, Asked("HEAD", there.url()).request)
-    connection.close()
-
-
-def test_cancelled_in_the_body(peer):
+def test_cancelled_in_the_body(peer, asking):
     def script(talk):
         talk.request()
         talk.send(OK + b"Content-Length: 1000\r\n\r\n")
@@ -278,23 +343,20 @@ def test_cancelled_in_the_body(peer):
         talk.wait_closed()
     there = peer(script)
     asked = Asked("GET", there.url())
-    connection = HTTPConnection(asked.request.origin, asked.request.route)
-    connection.connect()
-    with pytest.raises(Cancelled):
-        exchange_one(connection, asked.request)
-    connection.close()
+    asking.submit(asked)
+    assert asked.error().kind == "cancelled"
+    there.wait_for(lambda p: p.open == 0, "it is closed")
+    assert there.connections == 1
 
 
-def test_what_is_sent(peer):
+def test_what_is_sent(peer, asking):
     there = peer(peers.keep_alive)
-    connection = HTTPConnection(Asked("HEAD", there.url()).request.origin, Asked("HEAD", there.url()).request.route)
-    connection.connect()
-    exchange_one(connection, Asked("HEAD", there.url("/a%3Ab?c=d"), authorization="Basic eA==").request)
-    connection.close()
-    request = there.requests[0]
+    asking.one_by_one("HEAD", [there.url("/a%3Ab?c=d")], authorization="Basic eA==")
+    asking.one_by_one("GET", [there.url("/e")])
+    request, plain = there.requests
     assert (request.method, request.target) == ("HEAD", "/a%3Ab?c=d")
-    assert request.headers["host"] == "127.0.0.1:%s" % there.port
-    assert request.headers["authorization"] == "Basic eA=="
-    assert request.headers["accept-encoding"] == "identity"
-    assert request.headers["user-agent"].startswith("bitbake/")
-    assert "connection" not in request.headers
+    assert request.headers.pop("user-agent").startswith("bitbake/")
+    assert request.headers == {"host": "127.0.0.1:%s" % there.port, "authorization": "Basic eA==", "accept": "*/*",
+                               "accept-encoding": "identity"}
+    assert (plain.method, plain.target) == ("GET", "/e")
+    assert "authorization" not in plain.headers and "range" not in plain.headers

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from support.asking import ask_all, wait_until
+from support.asking import wait_until
 
 CONFIG = """
 daemon off;
@@ -33,6 +33,7 @@ http {{
         root {folder}/root;
         location /one/ {{ limit_conn address 1; limit_rate 200k; }}
         location /rate/ {{ limit_req zone=rate burst=1 nodelay; }}
+        location /keep/ {{ alias {folder}/root/; keepalive_requests 1000; }}
     }}
 }}
 """
@@ -79,34 +80,63 @@ def nginx(tmp_path):
     server.stop()
 
 
-def test_keepalive_requests(nginx, pool):
-    """It closes each connection after ten answers, and says so"""
-    asked = ask_all(pool, "HEAD", [nginx.url("/x")] * 100)
-    assert [a.status() for a in asked] == [200] * 100
+def test_keepalive_requests(nginx, asking):
+    """It closes each connection after ten answers, and announces that."""
+    asked = asking.ask("GET", [nginx.url("/x?%s" % i) for i in range(100)])
+    assert [one.status() for one in asked] == [200] * 100
     wait_until(lambda: len(nginx.log()) >= 100, "the log is written")
     log = nginx.log()
     assert len(log) == 100
     assert 10 <= len({connection for connection, _ in log}) <= 13
-    assert pool.statistics.retries == 0
+    assert (asking.count("retries"), asking.count("refusals")) == (0, 0)
 
 
-def test_one_connection_an_address(nginx, pool):
-    """limit_conn 1: 503 for what comes beside; the pool goes down to what it allows, and all is fetched"""
-    asked = ask_all(pool, "GET", [nginx.url("/one/x")] * 20)
-    assert [a.status() for a in asked] == [200] * 20
-    assert [a.body() for a in asked] == [b"content" * 1000] * 20
+def test_keepalive_requests_and_questions(nginx, asking):
+    """Also in the middle of a trial of pipelining, which has to be repeated then."""
+    asked = asking.ask("HEAD", [nginx.url("/x?%s" % i) for i in range(100)])
+    assert [one.status() for one in asked] == [200] * 100
+    assert (asking.count("retries"), asking.count("refusals")) == (0, 0)
 
 
-def test_rate(nginx, pool):
-    """limit_req: refusals are waited for"""
-    asked = ask_all(pool, "HEAD", [nginx.url("/rate/x")] * 40)
-    assert [a.status() for a in asked] == [200] * 40
+def test_one_connection_an_address(nginx, asking):
+    """limit_conn 1: 503 on further connections; their number falls to what it allows, and all is fetched."""
+    asked = asking.ask("GET", [nginx.url("/one/x")] * 20)
+    assert [one.status() for one in asked] == [200] * 20
+    assert [one.body() for one in asked] == [b"content" * 1000] * 20
+    assert asking.server.troubles() == []
 
 
-def test_files_and_times(nginx, pool):
+def test_rate(nginx, asking):
+    """limit_req: requests are refused, and repeated after a pause."""
+    asked = asking.ask("HEAD", [nginx.url("/rate/x?%s" % i) for i in range(15)])
+    assert [one.status() for one in asked] == [200] * 15
+    assert asking.server.troubles() == []
+
+
+def test_pipelined(nginx, make_asking):
+    """All at once on a single connection, also files that do not exist."""
+    asking = make_asking(1)
+    paths = ["/%s?%s" % ("x" if i % 3 else "missing", i) for i in range(200)]
+    asked = asking.ask("HEAD", [nginx.url("/keep" + path) for path in paths])
+    assert [one.status() for one in asked] == [200 if i % 3 else 404 for i in range(200)]
+    assert asking.count("connections") == 1
+    wait_until(lambda: len(nginx.log()) >= 201, "the log is written")
+    assert len(nginx.log()) == 201
+
+
+def test_files_and_times(nginx, asking):
     os.utime(nginx.folder / "root" / "x", (1594105627, 1594105627))
-    asked = ask_all(pool, "GET", [nginx.url("/x")] * 8)
+    asked = asking.ask("GET", [nginx.url("/x")] * 8)
     for one in asked:
-        response, _ = one.wait()
+        response, error = one.wait()
+        assert error is None
         assert response.headers["last-modified"] == "Tue, 07 Jul 2020 07:07:07 GMT"
         assert one.body() == b"content" * 1000
+
+
+def test_long_file(nginx, asking):
+    content = os.urandom(20 * 1024 * 1024)
+    (nginx.folder / "root" / "long").write_bytes(content)
+    asked = asking.ask("GET", [nginx.url("/long")] * 4)
+    assert [one.status() for one in asked] == [200] * 4
+    assert [one.body() == content for one in asked] == [True] * 4

@@ -1,23 +1,26 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""The server's socket: what it says, whom it lets in, what it makes of peers that do not follow the protocol."""
+"""The server's socket: greeting, who may connect, and peers that do not follow the protocol."""
 
+import errno
 import json
 import os
 import threading
 
 import pytest
 
-from bb.connections import protocol, server
+from bb.connections import protocol
+from bb.connections.peers import MAX_FILES
+from bb.fetch2.shared import ADDRESS
 from support.asking import wait_until
-from support.children import descriptors, in_child
+from support.children import descriptors, in_child, link
 from support.task import Task
 from wire import peers
 
 
 @pytest.fixture
 def task(connections):
-    with Task(connections.address) as made:
+    with Task(connections.server.address) as made:
         yield made
 
 
@@ -33,8 +36,8 @@ def file(tmp_path):
 
 
 def usable(connections, mirror):
-    """Whether another task is served"""
-    with Task(connections.address) as task:
+    """Whether another task is served. What others have sent before, or that they have left, is known to the server then."""
+    with Task(connections.server.address) as task:
         task.ask(1, "HEAD", mirror.url())
         return task.answer()["status"] == 200
 
@@ -43,26 +46,30 @@ def test_greeting(task):
     assert task.greeting == {"hello": protocol.VERSION, "schemes": ["http", "https", "sftp"]}
 
 
-def test_address_is_told_and_taken_back(start):
+def test_address_is_published_during_a_build(start):
     connections = start()
-    told = connections.cooker.extraconfigdata
-    assert told == {"BB_CONNECTION_CACHE_ADDRESS": connections.address}
-    uid, _, name = connections.address.partition(":")
+    published = connections.cooker.extraconfigdata
+    address = connections.server.address
+    assert published == {ADDRESS: address}
+    assert connections.d.getVar(ADDRESS) == address
+    uid, _, name = address.partition(":")
     assert uid == str(os.getuid())
     assert len(name) >= len("bitbake-") + 32
     other = start()
-    assert other.address != connections.address
+    assert other.server.address != address
     connections.stop()
-    assert told == {}
+    assert published == {}
+    assert connections.d.getVar(ADDRESS) is None
     with pytest.raises(ConnectionRefusedError):
-        Task(connections.address)
+        Task(address)
 
 
 def test_switched_off(start):
     threads, links = threading.active_count(), sorted(descriptors())
     connections = start(BB_CONNECTION_CACHE="0")
     assert connections.cooker.extraconfigdata == {}
-    assert connections.pool is None
+    assert connections.d.getVar(ADDRESS) is None
+    assert connections.server is None
     assert threading.active_count() == threads
     assert sorted(descriptors()) == links
     connections.stop()
@@ -87,7 +94,7 @@ def test_get(task, mirror, file):
 def test_many_at_once_over_one_connection_each(start, peer):
     connections = start(BB_CONNECTION_CACHE_MAX="2")
     mirror = peer(peers.keep_alive)
-    with Task(connections.address) as one, Task(connections.address) as two:
+    with Task(connections.server.address) as one, Task(connections.server.address) as two:
         for i in range(16):
             for task in (one, two):
                 task.ask(i, "HEAD", mirror.url("/%s" % i))
@@ -112,7 +119,8 @@ def test_url_that_cannot_be_asked_for(task, mirror, url):
     assert task.answer()["status"] == 200
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1/" + "\u00e9" * 20000, "http://" + "a" * 65000 + ".invalid/"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1/" + "\u00e9" * 20000, "http://" + "a" * 65000 + ".invalid/"],
+                         ids=["path", "host"])
 def test_error_that_would_be_longer_than_a_message(connections, task, mirror, url):
     task.send(json.dumps({"id": 1, "method": "HEAD", "url": url}, ensure_ascii=False).encode())
     answer = task.answer()
@@ -169,15 +177,25 @@ def test_more_requests_than_allowed(connections, task, peer, mirror):
     assert usable(connections, mirror)
 
 
-def test_more_files_than_the_server_may_hold(connections, task, peer, mirror, file, monkeypatch):
-    """select() in the bitbake server ends at 1024; such a task fetches without"""
-    monkeypatch.setattr(server, "MAX_DESCRIPTORS", 2)
+def test_more_files_than_the_server_may_hold(connections, peer, mirror, file):
+    """select() in the bitbake server supports descriptors up to 1024; such a task fetches without the server"""
     hanging = peer(peers.hangs)
-    for i in range(3):
-        task.ask(i, "GET", hanging.url(), file.fileno())
-    answer = task.answer()
-    assert answer["id"] == 2 and "error" in answer
-    assert usable(connections, mirror)
+    tasks = []
+    for number in range(MAX_FILES):
+        if number % (protocol.MAX_REQUESTS - 1) == 0:
+            tasks.append(Task(connections.server.address))
+        tasks[-1].ask(number, "GET", hanging.url(), file.fileno())
+    for task in tasks:
+        # It is answered when the others are known
+        task.ask(-1, "HEAD", mirror.url())
+        assert task.answer()["status"] == 200
+    with Task(connections.server.address) as late:
+        late.ask(1, "GET", mirror.url(), file.fileno())
+        assert "too many files" in late.answer()["message"]
+        late.ask(1, "HEAD", mirror.url("/missing"))
+        assert late.answer()["status"] == 404
+    for task in tasks:
+        task.close()
 
 
 def test_head_with_a_file(connections, task, mirror, file):
@@ -218,7 +236,7 @@ def test_another_user_is_not_let_in(connections, mirror):
     def other():
         os.setgid(65534)
         os.setuid(65534)
-        with Task(connections.address, greeted=False) as task:
+        with Task(connections.server.address, greeted=False) as task:
             try:
                 task.ask(1, "HEAD", mirror.url())
             except (BrokenPipeError, ConnectionResetError):
@@ -231,8 +249,8 @@ def test_another_user_is_not_let_in(connections, mirror):
 
 def test_further_peers_wait(start, mirror):
     connections = start(BB_NUMBER_THREADS="2")
-    tasks = [Task(connections.address) for _ in range(18)]
-    late = Task(connections.address, greeted=False)
+    tasks = [Task(connections.server.address) for _ in range(18)]
+    late = Task(connections.server.address, greeted=False)
     late.ask(1, "HEAD", mirror.url())
     # All that the server could have done about it is done when it answers another
     tasks[0].ask(1, "HEAD", mirror.url())
@@ -257,30 +275,29 @@ def test_leaving_cancels(connections, peer, mirror, file):
         talk.wait_closed()
     left = threading.Event()
     stalling = peer(script)
-    with Task(connections.address) as task:
+    with Task(connections.server.address) as task:
         task.ask(1, "GET", stalling.url(), file.fileno())
         stalling.wait_for(lambda p: p.requests)
-    wait_until(lambda: not connections._peers, "the server knows")
-    left.set()
-    # The half of a body is not read on: the connection is closed, and not tried again
-    stalling.wait_for(lambda p: p.open == 0)
-    assert connections.pool.statistics.retries == 0
-    assert stalling.connections == 1
     assert usable(connections, mirror)
+    left.set()
+    # The rest of a body is not read: the connection is closed, and the request not retried
+    stalling.wait_for(lambda p: p.open == 0)
+    assert usable(connections, mirror)
+    assert sum(host.retries for host in connections.server.statistics().values()) == 0
+    assert stalling.connections == 1
 
 
-def test_progress(start, peer, file, monkeypatch):
-    monkeypatch.setattr(protocol, "PROGRESS_SECONDS", 0.02)
-
+def test_progress(connections, peer, file):
+    """Takes as long as there is nothing to be sent"""
     def script(talk):
         talk.request()
         talk.send(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf")
-        assert go_on.wait(10)
+        assert go_on.wait(15)
         talk.send(b"full")
         talk.wait_closed()
     go_on = threading.Event()
     mirror = peer(script)
-    with Task(start().address) as task:
+    with Task(connections.server.address) as task:
         task.ask(5, "GET", mirror.url(), file.fileno())
         message = task.receive()
         while message != {"id": 5, "progress": 4}:
@@ -290,45 +307,81 @@ def test_progress(start, peer, file, monkeypatch):
         assert task.answer()["size"] == 8
 
 
-def test_peer_that_leaves_while_its_answer_comes(connections, peer, mirror):
-    """Both are found by one look at the descriptors, and the answer is passed on first."""
-    blocked, go_on, answer = threading.Event(), threading.Event(), threading.Event()
-    request = connections._request
+@pytest.fixture
+def closing(monkeypatch):
+    """Called with a path and a function lets the server call that when it has closed a descriptor of the path"""
+    close = os.close
+    functions = {}
 
-    def gate(peer, message, fd):
-        if message.get("gate"):
-            blocked.set()
-            assert go_on.wait(10)
-        else:
-            request(peer, message, fd)
-    connections._request = gate
+    def close_and_call(fd):
+        path = link(fd)
+        close(fd)
+        if threading.current_thread() is not threading.main_thread():
+            functions.get(path, lambda: None)()
+    monkeypatch.setattr(os, "close", close_and_call)
+    return functions.__setitem__
+
+
+def test_error_of_close(connections, mirror, tmp_path, closing):
+    """NFS reports a full disk there. It is an error of that request only."""
+    def full():
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    closing(str(tmp_path / "full"), full)
+    with Task(connections.server.address) as one, Task(connections.server.address) as other, \
+            open(tmp_path / "full", "w+b") as bad, open(tmp_path / "good", "w+b") as good:
+        for number in range(4):
+            one.ask(number, "GET", mirror.url(), (good if number % 2 else bad).fileno())
+            other.ask(number, "GET", mirror.url(), good.fileno())
+        answers = {}
+        for _ in range(4):
+            answer = one.answer()
+            answers[answer["id"]] = answer.get("error") or answer["size"]
+        assert answers == {0: "destination", 1: 7, 2: "destination", 3: 7}
+        assert sorted(other.answer()["size"] for _ in range(4)) == [7] * 4
+        # Also of a request that the server does not accept
+        one.ask(5, "HEAD", mirror.url(), bad.fileno())
+        assert rejected(one)
+    assert usable(connections, mirror)
+
+
+def test_peer_that_leaves_while_its_answer_arrives(connections, peer, mirror, tmp_path, closing):
+    """Both are found by one select() of the event loop"""
+    blocked, go_on, answer, answered = [threading.Event() for _ in range(4)]
+
+    def block():
+        blocked.set()
+        assert go_on.wait(10)
+    closing(str(tmp_path / "block"), block)
 
     def script(talk):
         for asked in talk.requests():
             assert answer.wait(10)
             talk.answer(asked)
+            answered.set()
     slow = peer(script)
-    with Task(connections.address) as holding, Task(connections.address) as leaving:
+    with Task(connections.server.address) as blocking, Task(connections.server.address) as leaving, \
+            open(tmp_path / "block", "w+b") as file:
         leaving.ask(1, "HEAD", slow.url())
         slow.wait_for(lambda p: p.requests)
-        holding.send(b'{"gate": true}')
+        blocking.ask(1, "GET", mirror.url(), file.fileno())
         assert blocked.wait(10)
         answer.set()
-        wait_until(lambda: connections._answers, "the pool has answered")
+        assert answered.wait(10)
         leaving.close()
         go_on.set()
-        wait_until(lambda: len(connections._peers) == 1, "the server knows that it left")
+        assert blocking.answer()["status"] == 200
         assert usable(connections, mirror)
 
 
 def test_no_descriptor_is_left(start, peer, mirror, file):
     connections = start(BB_CONNECTION_CACHE_MAX="1")
     assert usable(connections, mirror)
-    wait_until(lambda: not connections._peers, "the server knows")
     hanging = peer(peers.dies_in_body([(b"x" * 100, 50)] * 1000))
-    before = descriptors()
+    with Task(connections.server.address):
+        # What has left before is closed
+        before = descriptors()
     for i in range(15):
-        with Task(connections.address) as task:
+        with Task(connections.server.address) as task:
             task.ask(1, "GET", mirror.url(), file.fileno())
             assert task.answer()["status"] == 200
             task.ask(1, "GET", mirror.url("/missing"), file.fileno())
@@ -343,6 +396,6 @@ def test_no_descriptor_is_left(start, peer, mirror, file):
             task.send(bad[i % 5][0], *bad[i % 5][1])
             while task.receive() is not None:
                 pass
-    wait_until(lambda: not connections._peers, "the server knows")
+    assert usable(connections, mirror)
     wait_until(lambda: descriptors().count(file.name) == 1, "only the test has the file open")
-    wait_until(lambda: len(descriptors()) <= len(before), "no descriptor is left")
+    wait_until(lambda: len(descriptors()) < len(before), "no descriptor is left")

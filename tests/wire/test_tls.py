@@ -9,33 +9,30 @@ import ssl
 import pytest
 
 from bb.connections import ConnectError
-from bb.connections.pool import Pool
-from support.asking import Asked, ask_all
+from support.asking import wait_until
 from wire import peers
 
 
-def ask(pool, url, environment, verify=True):
-    asked = Asked("GET", url, environment, verify=verify)
-    pool.submit(asked.request)
-    asked.wait()
+def ask(asking, url, environment, verify=True):
+    asked, = asking.one_by_one("GET", [url], environment, verify=verify)
     return asked
 
 
-def test_ca_of_the_environment(peer, pool, tls, trusting):
+def test_ca_of_the_environment(peer, asking, tls, trusting):
     there = peer(peers.keep_alive, tls=tls)
     for i in range(20):
-        assert ask(pool, there.url("/%s" % i), trusting).body() == b"/%d" % i
+        assert ask(asking, there.url("/%s" % i), trusting).body() == b"/%d" % i
     assert there.connections == 1
 
 
-def test_at_most_four_handshakes(peer, pool, tls, trusting):
+def test_at_most_four_handshakes(peer, asking, tls, trusting):
     there = peer(peers.keep_alive, tls=tls)
-    asked = ask_all(pool, "GET", [there.url("/%s" % i) for i in range(100)], environment=trusting)
+    asked = asking.ask("GET", [there.url("/%s" % i) for i in range(100)], trusting)
     assert [a.body() for a in asked if a.status()] == [b"/%d" % i for i in range(100)]
     assert there.connections <= 4
 
 
-def test_ca_folder_of_the_environment(peer, pool, tls, certificates, tmp_path):
+def test_ca_folder_of_the_environment(peer, asking, tls, certificates, tmp_path):
     context = ssl.create_default_context(cafile=str(certificates.ca_file))
     assert context.get_ca_certs()
     if not shutil.which("openssl"):
@@ -43,95 +40,108 @@ def test_ca_folder_of_the_environment(peer, pool, tls, certificates, tmp_path):
     name = os.popen("openssl x509 -hash -noout -in %s" % certificates.ca_file).read().strip()
     shutil.copy(certificates.ca_file, tmp_path / (name + ".0"))
     there = peer(peers.keep_alive, tls=tls)
-    assert ask(pool, there.url(), {"SSL_CERT_DIR": str(tmp_path)}).body() == b"/x"
+    assert ask(asking, there.url(), {"SSL_CERT_DIR": str(tmp_path)}).body() == b"/x"
 
 
-def test_long_body(peer, pool, tls, trusting):
+def test_long_body(peer, asking, tls, trusting):
     body = os.urandom(3 * 1024 * 1024)
     there = peer(peers.serve({"/x": body}), tls=tls)
-    assert ask(pool, there.url(), trusting).body() == body
+    assert ask(asking, there.url(), trusting).body() == body
 
 
 @pytest.mark.parametrize("which", ["other", "default"])
-def test_wrong_ca(peer, pool, tls, other_certificates, which):
+def test_wrong_ca(peer, asking, tls, other_certificates, which):
     there = peer(peers.keep_alive, tls=tls)
     environment = {"SSL_CERT_FILE": str(other_certificates.ca_file)} if which == "other" else {}
-    asked = ask(pool, there.url(), environment)
+    asked = ask(asking, there.url(), environment)
     assert isinstance(asked.error(), ConnectError)
     assert "certificate" in str(asked.error())
     assert there.requests == []
     assert there.connections == 1, "trying again does not help"
 
 
-def test_wrong_name(peer, pool, tls, trusting):
-    there = peer(peers.keep_alive, tls=tls)
+def test_wrong_name(peer, asking, tls, trusting):
     try:
-        asked = ask(pool, there.url(name="127.0.0.2"), trusting)
+        there = peer(peers.keep_alive, tls=tls, host="127.0.0.2")
     except OSError as e:
-        pytest.skip(str(e))
+        pytest.skip("no second address: %s" % e)
+    asked = ask(asking, there.url(), trusting)
     assert isinstance(asked.error(), ConnectError)
+    assert "certificate" in str(asked.error())
     assert there.requests == []
+    assert there.connections == 1
 
 
-def test_without_checking(peer, pool, tls):
+def test_without_checking(peer, asking, tls):
     there = peer(peers.keep_alive, tls=tls)
-    assert ask(pool, there.url(), {}, verify=False).body() == b"/x"
+    assert ask(asking, there.url(), {}, verify=False).body() == b"/x"
 
 
-def test_one_who_does_not_check_is_no_way_in_for_one_who_does(peer, pool, tls):
+def test_unchecked_connection_is_not_used_by_those_who_check(peer, make_asking, tls):
     there = peer(peers.keep_alive, tls=tls)
-    pool.limit = 1
-    assert ask(pool, there.url("/unchecked"), {}, verify=False).status() == 200
-    assert isinstance(ask(pool, there.url("/checked"), {}).error(), ConnectError)
+    asking = make_asking(1)
+    assert ask(asking, there.url("/unchecked"), {}, verify=False).status() == 200
+    assert isinstance(ask(asking, there.url("/checked"), {}).error(), ConnectError)
     assert there.targets == ["/unchecked"]
 
 
-def test_missing_ca_file_is_not_the_default(peer, pool, tls, certificates, monkeypatch, tmp_path):
+def test_missing_ca_file_is_not_the_default(peer, asking, tls, certificates, monkeypatch, tmp_path):
     """The task's SSL_CERT_FILE counts, not the server's."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca_file))
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
     there = peer(peers.keep_alive, tls=tls)
-    asked = ask(pool, there.url(), {"SSL_CERT_FILE": str(tmp_path / "missing"), "SSL_CERT_DIR": str(tmp_path / "none")})
+    asked = ask(asking, there.url(), {"SSL_CERT_FILE": str(tmp_path / "missing"), "SSL_CERT_DIR": str(tmp_path / "none")})
     assert isinstance(asked.error(), ConnectError)
     assert there.requests == []
     # Of another task that says nothing
-    assert ask(pool, there.url(), {"SSL_CERT_FILE": str(certificates.ca_file)}).status() == 200
+    assert ask(asking, there.url(), {"SSL_CERT_FILE": str(certificates.ca_file)}).status() == 200
 
 
-def test_ca_file_that_is_renewed(peer, tls, certificates, other_certificates, tmp_path):
-    """A server that stays in memory lives longer than a CA bundle; each build has a pool of its own."""
+def test_ca_file_that_is_renewed(peer, make_asking, tls, certificates, other_certificates, tmp_path):
+    """A server that stays in memory lives longer than a CA bundle; each build starts anew."""
     bundle = tmp_path / "ca.pem"
     there = peer(peers.keep_alive, tls=tls)
     environment = {"SSL_CERT_FILE": str(bundle)}
     for ca_file, found in ((other_certificates.ca_file, False), (certificates.ca_file, True)):
         shutil.copy(ca_file, bundle)
-        pool = Pool(4, timeout=10)
-        response, _ = ask(pool, there.url(), environment).wait()
-        assert pool.stop()
+        response, _ = ask(make_asking(), there.url(), environment).wait()
         assert (response is not None) is found
 
 
-def test_reset_in_the_handshake(peer, pool, tls, trusting):
-    """Counts as being refused: fewer connections, and tried again."""
+def test_reset_in_the_handshake(peer, asking, tls, trusting):
+    """It is tried again after a pause."""
     def script(talk):
-        if talk.number <= 2:
+        if talk.number == 1:
             talk.sock.recv(1)
             talk.reset()
             return
         talk.start_tls(tls)
         peers.keep_alive(talk)
     there = peer(script)
-    asked = ask(pool, there.url().replace("http:", "https:"), trusting)
-    assert asked.status() == 200
-    assert there.connections == 3
-    assert pool._hosts[asked.request.origin]._limit == 1
+    assert ask(asking, there.url().replace("http:", "https:"), trusting).status() == 200
+    assert there.connections == 2
+    assert asking.count("retries") == 1
 
 
-def test_plain_server(peer, pool, trusting):
+def test_plain_server(peer, make_asking, trusting):
+    """What it answers is no TLS. One attempt is enough here."""
     def script(talk):
         talk.sock.recv(1)
         talk.send(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
         talk.wait_closed()
-    there = peer(script)
-    asked = ask(pool, there.url().replace("http:", "https:"), trusting)
-    assert isinstance(asked.error(), ConnectError)
+    asking = make_asking()
+    one, = asking.ask("GET", [peer(script).url().replace("http:", "https:")], trusting)
+    wait_until(lambda: asking.count("retries"), "the first attempt has failed")
+    assert not one.answered
+    assert asking.stop()
+    assert one.error().kind == "cancelled"
+
+
+def test_handshake_that_never_ends(peer, make_asking, trusting):
+    there = peer(lambda talk: talk.wait_closed())
+    asking = make_asking(timeout=0.2)
+    ask_one, = asking.ask("GET", [there.url().replace("http:", "https:")], trusting)
+    wait_until(lambda: asking.count("retries"), "the first attempt has failed")
+    there.wait_for(lambda p: p.connections == 1 and p.open == 0, "it is closed")
+    assert asking.stop()
+    assert ask_one.error().kind == "cancelled"

@@ -37,6 +37,7 @@ that remove_waiting() leaves. Without a limit it does nothing at all.
 import logging
 
 import bb
+from bb import networksettings
 
 logger = logging.getLogger("BitBake.RunQueue")
 
@@ -48,7 +49,7 @@ def limit_from(d):
     Raises ValueError with one line that names the variable, its value and what
     is allowed.
     """
-    return bb.runqueue.number_of_tasks("BB_NUMBER_NETWORK_THREADS", d.getVar("BB_NUMBER_NETWORK_THREADS"))
+    return networksettings.number("BB_NUMBER_NETWORK_THREADS", d.getVar("BB_NUMBER_NETWORK_THREADS"))
 
 def network_tasks(rqdata):
     """Yield (tid, True if its setscene variant is meant) for each task that needs a slot"""

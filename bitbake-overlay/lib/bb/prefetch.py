@@ -18,9 +18,7 @@ BB_SETSCENE_PREFETCH is how many objects may have been fetched, or be under way,
 that no task has taken yet. A task that could be started now gets its object
 even so.
 
-The runqueue's thread owns all state and calls everything here, but for what is
-marked: that passes on the answers of the pool, and wakes the runqueue up if it
-has to do with them now, for which it looks at that state.
+Called in the runqueue's thread only.
 
     prefetch = Prefetch(rqexe, connections, presence)
     ...
@@ -39,8 +37,9 @@ import time
 
 import bb
 import bb.fetch2
-from bb.connections import ConnectError, RefusedError, client
+from bb.connections import ConnectError, RefusedError
 from bb.connections.request import MISSING, Request, last_modified
+from bb.fetch2 import shared
 
 logger = logging.getLogger("BitBake.RunQueue")
 
@@ -72,8 +71,7 @@ PROGRESS = 0.5
 class Transfer:
     """
     The files of an object that are under way. temporary is {name: its temporary path}, requests those
-    which have no answer yet, answered the names which have one, found those which are complete. The pool's
-    threads fill answered, without a lock. received and heard tell how many bytes had
+    which have no answer yet, found the names of those which are complete. received and heard tell how many bytes had
     arrived when that was last looked at, and when it had last changed. hurried tells that a task waits for it,
     and that its requests come first.
     """
@@ -82,7 +80,6 @@ class Transfer:
         self.files = files
         self.temporary = {}
         self.requests = {}
-        self.answered = []
         self.found = set()
         self.error = None
         self.received = 0
@@ -104,8 +101,10 @@ class Prefetch:
         self._rqexe = rqexe
         self._connections = connections
         self._presence = presence
-        self._window = connections.settings.prefetch if connections.memory and not rqexe.cooker.configuration.dry_run else 0
+        self._window = connections.settings.prefetch if connections.server and not rqexe.cooker.configuration.dry_run else 0
         self._under_way = {}
+        # {request: (Transfer, name)} of those without an answer
+        self._requests = {}
         # Under way or fetched, and not taken by its task yet
         self._ahead = set()
         # Those which were awaited, also when their object is there. Cleared with each change of what is started.
@@ -129,39 +128,22 @@ class Prefetch:
         self._told = (0, 0)
         self._told_at = self._looked_at = 0
         self._answers = collections.deque()
-        self._wakeup = self._waker = None
         if self._window:
-            self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            connections.keep_from_children(self._wakeup, self._waker)
             connections.prefetch = self
 
     def fds(self):
         """What is readable when there is something to process"""
-        return [self._wakeup] if self._window else []
+        server = self._connections.server
+        return [server.fileno()] if self._window and server else []
 
     def changed(self):
         """What will be started, and in which order, may have changed"""
         self._stale = True
         self._startable.clear()
 
-    # In the pool's threads
-
-    def _done(self, transfer, name, request, response, error):
-        self._answers.append((transfer, name, response, error))
-        transfer.answered.append(name)
-        awaited = transfer.hurried and len(transfer.answered) == len(transfer.files.names)
-        # If there are not many others come later, unless it is the last
-        if awaited or self._wanted or len(self._answers) >= min(ANSWERS_EACH, self._open):
-            self._wake()
-
-    def _wake(self):
-        try:
-            os.write(self._waker, b"x")
-        except (OSError, TypeError):
-            # Full: it will be awake. Closed: nobody waits any more.
-            pass
-
-    # In the runqueue's thread
+    def _done(self, request, response, error):
+        """Of the server"""
+        self._answers.append((*self._requests.pop(request), response, error))
 
     def process(self):
         """
@@ -184,17 +166,13 @@ class Prefetch:
         self.stop()
 
     def _process(self):
-        # It may end at any time, and says so to whoever asks it for something then
-        memory = self._connections.memory
-        if memory is None:
-            # The connections have ended before the build: the tasks know what to do
+        server = self._connections.server
+        if server is None or not server.is_running:
+            # The connections have ended before the build: the tasks fetch themselves
             self.stop()
             return
         self._started = self._started or time.monotonic()
-        try:
-            os.read(self._wakeup, 4096)
-        except BlockingIOError:
-            pass
+        server.deliver()
         self._forget()
         for _ in range(min(len(self._answers), ANSWERS_EACH)):
             self._answered(*self._answers.popleft())
@@ -207,25 +185,25 @@ class Prefetch:
                 first += self._start(tid)
             elif tid not in self._under_way:
                 self.awaited.discard(tid)
-        memory.submit(*first, first=True)
+        if first:
+            server.submit(first, self._done, first=True)
         hurried, self._hurried = self._hurried, []
-        memory.hurry(*[request for transfer in hurried for request in transfer.requests.values()])
+        if hurried:
+            server.hurry([request for transfer in hurried for request in transfer.requests.values()])
         now = time.monotonic()
         enough = self._room_ahead() >= min(STARTS_EACH, self._window // 8) or now - self._filled_at > FILL_EACH
         while enough and starts and self._room_ahead() > 0:
             starts -= 1
-            tid = self._following(memory)
+            tid = self._following(server)
             if tid is None:
                 break
             later += self._start(tid)
             self._filled_at = now
-        memory.submit(*later)
+        if later:
+            server.submit(later, self._done)
         if self._answers or not starts:
-            # After the last change of what _done() looks at: it may have seen what was before
-            self._wake()
-        if self._under_way:
-            # A runqueue that has a lot to do does not wait for anything
-            memory.give_way()
+            # Continue in the next turn
+            server.wake()
         self._tell()
 
     def _room(self):
@@ -270,14 +248,14 @@ class Prefetch:
             if tid not in self.awaited:
                 self._wanted.append(tid)
                 # For the next turn
-                self._wake()
+                self._connections.server.wake()
         elif tid not in self._under_way:
             self.awaited.discard(tid)
             return False
         elif not self._under_way[tid].hurried:
             self._under_way[tid].hurried = True
             self._hurried.append(self._under_way[tid])
-            self._wake()
+            self._connections.server.wake()
         self.awaited.add(tid)
         self._startable.add(tid)
         return True
@@ -295,14 +273,11 @@ class Prefetch:
         self._tell()
 
     def close(self):
-        """After the connections have ended: they call it"""
+        """After the connections have ended"""
         while self._answers:
             self._answered(*self._answers.popleft())
-        if self._wakeup is not None:
-            wakeup, waker, self._wakeup, self._waker = self._wakeup, self._waker, None, None
-            self._connections.close_kept(wakeup, waker)
 
-    def _following(self, memory):
+    def _following(self, server):
         """The next task to fetch for, or None"""
         now = time.monotonic()
         if self._stale and now >= self._again_at:
@@ -313,7 +288,7 @@ class Prefetch:
             # With thousands of tasks of which many fail it is not worth a large part of the time
             self._again_at = time.monotonic() + ORDER_SHARE * (time.monotonic() - now)
         # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
-        queues = [queue for mirror, queue in self._order.items() if memory.well(*mirror)]
+        queues = [queue for mirror, queue in self._order.items() if server.is_healthy(*mirror)]
         while any(queues):
             _, tid = min(filter(None, queues), key=lambda queue: queue[0]).popleft()
             if self._fetchable(tid):
@@ -357,16 +332,16 @@ class Prefetch:
         temporary = os.path.join(directory, "%s.%s-%s.new" % (file[:MAX_NAME], os.getpid(), secrets.token_hex(4)))
         members = transfer.files.describe(name)
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._connections.keep_from_children(fd)
         self._open += 1
         transfer.temporary[name] = temporary
         try:
             os.fchmod(fd, 0o666 & ~transfer.files.umask)
-            request = Request(fd=fd, done=lambda *args: self._done(transfer, name, *args), **members)
+            request = Request(fd=fd, empty=True, **members)
         except BaseException:
             self._close_file(fd)
             raise
         transfer.requests[name] = request
+        self._requests[request] = transfer, name
         return request
 
     def _answered(self, transfer, name, response, error):
@@ -381,9 +356,9 @@ class Prefetch:
 
     def _take(self, transfer, name, fd, response, error):
         if response is not None and response.status == 200:
-            answer = client.Answer(200, response.length, last_modified(response.headers))
             try:
-                if answer.size and client.is_complete(transfer.temporary[name], fd, answer):
+                if response.length and shared.is_complete(transfer.temporary[name], fd, response.length,
+                                                          last_modified(response.headers)):
                     transfer.found.add(name)
                     return
                 # The fetcher takes no empty file
@@ -437,10 +412,12 @@ class Prefetch:
 
     def _close_file(self, fd):
         self._open -= 1
-        self._connections.close_kept(fd)
+        os.close(fd)
 
     def _close(self, transfer):
         for request in transfer.requests.values():
+            # They have not been submitted
+            del self._requests[request]
             self._close_file(request.fd)
         transfer.requests.clear()
         self._unlink(transfer)

@@ -32,8 +32,8 @@ import logging
 import os
 
 import bb
-from bb.connections import client
 from bb.connections.request import ENVIRONMENT
+from bb.fetch2 import shared
 from bb.presencequery import Query
 
 logger = logging.getLogger("BitBake.RunQueue")
@@ -48,7 +48,7 @@ SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS", "BB_CHECK_SSL_CERTS", "BB_CO
 class Presence:
     """
     rqdata is the build's RunQueueData, whose hashes an object belongs to,
-    connections the build's Connections, over which mirrors are asked.
+    connections the build's SharedConnections, over which mirrors are asked.
     """
 
     def __init__(self, rqdata, connections):
@@ -97,8 +97,8 @@ class Presence:
         Blocks until all is answered; raises BBHandledException if the user interrupts. Shows a
         progress bar with that title.
         """
-        memory = self._connections.memory
-        if memory is None:
+        server = self._connections.server
+        if server is None:
             return None
         progress = None
         try:
@@ -106,7 +106,7 @@ class Presence:
                 objects = self._known_to_hashserv(objects)
             progress = Progress(title if len(objects) >= PROGRESS_FROM else None, len(objects), d)
             progress.start()
-            query = Query(memory, d)
+            query = Query(server, d)
             sizes = query.run(objects, progress.update)
             self._report(query.silent())
             if not siginfo:
@@ -168,7 +168,7 @@ class Presence:
     def _report(self, hosts):
         """Tell, once for each host, of the requests that remained without an answer"""
         for host in hosts:
-            self._connections.told.add(host.origin.host)
+            self._connections.reported.add(host.origin.host)
             consequence = "their tasks will try" if host.alive else "taken as missing"
             self._warn(host.origin.host, "Sstate mirror %s did not answer for %d of %d objects, %s: %s" %
                        (host.origin.host, host.unanswered, host.asked, consequence, host.reason))
@@ -244,7 +244,7 @@ class Files:
         _, uds = self._locations.find(url)
         ud = uds[self._place] if self._place < len(uds) else None
         # A mirror need not be one for all of the files, then another has its place
-        if ud is None or not client.supports(ud, self._locations.d) or ud.localpath != os.path.join(self.directory, name):
+        if ud is None or not shared.supports(ud, self._locations.d) or ud.localpath != os.path.join(self.directory, name):
             raise ValueError("the fetcher gets %s from, or puts it, elsewhere" % name)
         return self._locations.describe("GET", ud)
 

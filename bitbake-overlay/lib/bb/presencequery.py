@@ -13,10 +13,9 @@ mirror is asked only for what those before it lack. http, https and sftp are
 asked over the shared connections, everything else (file, s3, a FETCHCMD_wget)
 by the fetcher's own checkstatus(), as many at a time as BB_NUMBER_THREADS.
 
-What is here runs in the caller's thread, but for two functions that are marked.
-They hand their answers over through a queue and an event.
+Everything runs in the caller's thread, except for one function that is marked.
 
-    query = Query(memory, d)
+    query = Query(server, d)
     sizes = query.run([(tid, "file://..."), ...], update=print)
     query.silent()          # the hosts that have left something unanswered
 """
@@ -24,16 +23,15 @@ They hand their answers over through a queue and an event.
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import logging
 import threading
 import time
 
 import bb
 import bb.fetch2
-from bb.connections import (Cancelled, ConnectionCacheError, ProtocolError, RefusedError, StatusError, TimedOutError,
-                            client)
+from bb.connections import Cancelled, ConnectionCacheError, ProtocolError, RefusedError, StatusError, TimedOutError
 from bb.connections.request import Request, Response, redact
+from bb.fetch2 import shared
 
 logger = logging.getLogger("BitBake.RunQueue")
 
@@ -111,19 +109,19 @@ class Locations:
         mirror = ud.url.partition("://")[2].partition("/")[0], ud.type, ud.user, ud.pswd
         if mirror not in self._asked:
             verify = ud.type == "sftp" or ud.method.check_certs(self.d)
-            self._asked[mirror] = client.describe_mirror(ud, client.environment(ud.type, self.d), verify)
-        return dict(self._asked[mirror], method=method, url=client.request_url(ud))
+            self._asked[mirror] = shared.describe_mirror(ud, shared.environment(ud.type, self.d), verify)
+        return dict(self._asked[mirror], method=method, url=shared.request_url(ud))
 
 
 class Query:
-    """memory is where requests are submitted, d has the fetcher's settings"""
+    """server is a ConnectionServer, d has the fetcher's settings"""
 
-    def __init__(self, memory, d):
+    def __init__(self, server, d):
         # {task id: (where its object was found over the shared connections, as Locations.find() counts, (the mirror's origin,
         # the route to it))}
         self.places = {}
         self.locations = Locations(d.createCopy())
-        self._memory = memory
+        self._server = server
         self._d = self.locations.d
         self._network = not bb.utils.to_boolean(d.getVar("BB_NO_NETWORK"))
         self._hosts = {}
@@ -131,9 +129,12 @@ class Query:
         # Those of which nothing is known
         self._unknown = []
         self._pending = set()
+        # Requests that are not submitted yet, {request: Item} of all without an answer, and answers of the fetchers
         self._requests = []
+        self._items = {}
         self._answers = collections.deque()
-        self._answered = threading.Event()
+        # When the last answer arrived
+        self._heard = 0
         self._executor = None
         self._ended = False
         self._caches = threading.local()
@@ -151,9 +152,8 @@ class Query:
             try:
                 self._loop(collections.deque(objects), update)
             except BaseException:
-                for item in self._pending:
-                    if item.request:
-                        item.request.cancelled = True
+                for request in self._items:
+                    request.cancelled = True
                 self._ended = True
                 raise
         self._sizes.update((item.tid, None) for item in self._unknown if any(host.alive for host in item.silent))
@@ -165,25 +165,26 @@ class Query:
 
     def _loop(self, waiting, update):
         total = len(waiting)
-        heard = shown = time.monotonic()
+        self._heard = shown = time.monotonic()
         while waiting or self._pending:
             for _ in range(min(BATCH if self._hosts else FIRST_BATCH, len(waiting), WINDOW - len(self._pending))):
                 self._begin(*waiting.popleft())
-                self._memory.give_way()
             requests, self._requests = self._requests, []
-            self._memory.submit(*requests)
+            if requests:
+                self._server.submit(requests, self._done, first=True)
             if not self._answers and (len(self._pending) >= WINDOW or not waiting):
-                self._answered.wait(STEP)
-            self._answered.clear()
-            now = time.monotonic()
+                self._server.wait(STEP)
+            self._server.deliver()
             while self._answers:
-                heard = now
                 self._conclude(*self._answers.popleft())
             bb.event.check_for_interrupts()
+            if not self._server.is_running:
+                raise ConnectionCacheError("the shared connections have failed")
+            now = time.monotonic()
             if now - shown >= PROGRESS:
                 shown = now
                 update(total - len(waiting) - len(self._pending))
-            if now - heard > DEADLINE:
+            if now - self._heard > DEADLINE:
                 raise TimedOutError("no answer for %s seconds" % DEADLINE)
 
     # An object
@@ -216,19 +217,20 @@ class Query:
         if ud is item.ud and ud.type == "file":
             # The metadata has looked there
             return False
-        if not client.supports(ud, self._d):
+        if not shared.supports(ud, self._d):
             self._check(item, ud)
             return True
         if not self._network:
             return False
         try:
-            request = Request(done=functools.partial(self._done, item), **self.locations.describe("HEAD", ud))
+            request = Request(**self.locations.describe("HEAD", ud))
         except ValueError as e:
             # A proxy that is not http, for example: the fetcher may know what to do
             logger.debug2("%s: not over shared connections: %s", redact(ud.url), e)
             self._check(item, ud)
             return True
         item.request = request
+        self._items[request] = item
         if request.origin not in self._hosts:
             self._hosts[request.origin] = Host(request.origin, request.route)
         # A redirect leads the request elsewhere, but the mirror it is
@@ -239,6 +241,7 @@ class Query:
 
     def _conclude(self, item, response, error):
         """The first candidate of item was asked for"""
+        self._heard = time.monotonic()
         if item.request is not None:
             if type(error) in (Cancelled, ConnectionCacheError):
                 # The connections have ended, or have a fault: that says nothing of the mirror
@@ -247,7 +250,7 @@ class Query:
             host.alive = host.alive or error is None or isinstance(error, (RefusedError, ProtocolError, StatusError))
             if error or response.status >= 500:
                 # An earlier query may have had answers
-                host.alive = host.alive or self._memory.has_answered(host.origin)
+                host.alive = host.alive or self._server.has_answered(host.origin)
                 host.unanswered += 1
                 host.reason = host.reason or (str(error) if error else "status %s" % response.status)
                 item.silent += (host,)
@@ -263,12 +266,10 @@ class Query:
         item.place += 1
         self._ask(item)
 
-    # Over the shared connections
-
-    def _done(self, item, request, response, error):
-        """In a thread of the pool"""
-        self._answers.append((item, response, error))
-        self._answered.set()
+    def _done(self, request, response, error):
+        """Of the server"""
+        if not self._ended:
+            self._conclude(self._items.pop(request), response, error)
 
     # By the fetcher's own means
 
@@ -298,7 +299,7 @@ class Query:
         except Exception as e:
             error = e
         self._answers.append((item, response, error))
-        self._answered.set()
+        self._server.wake()
 
     def _found(self, item, ud):
         """What Fetch.checkstatus() does with one of the URLs"""

@@ -5,471 +5,374 @@
 #
 
 """
-One HTTP/1.1 connection, TLS or not: HEAD, and GET into a file descriptor.
+One HTTP/1.1 connection, with or without TLS: HEAD, and GET into a descriptor.
 
-Used by host.py, whose threads own one connection each: only that thread uses
-it, except for abort() which may come from any. Redirects, retries and the
-choice of the connection are the pool's. Nothing of the process is changed or
-read: proxy and certificates come with the request, since the environment of a
-task is not the server's.
+Used by host.py, which takes care of redirects, retries and the number of
+requests in flight. Follows RFC 9110 and RFC 9112, with pipelining (9.3.2).
+Proxy and certificates come with the request, since the environment of a task
+is not that of the server.
 
-Follows RFC 9110 and RFC 9112, with pipelining (9.3.2): how many requests are
-under way is up to the caller.
-
-    connection = HTTPConnection(request.origin, request.route, timeout=100)
-    connection.connect()
-    connection.send(requests)
-    while connection.in_flight and connection.reusable:
-        for request, response, error in connection.receive():    # blocks
-            ...
-    connection.close()
+    connection = await connect(loop, host, origin, route, timeout)
+    connection.send(requests)       # host.answered() and host.ended() are called
 """
 
-import collections
-import functools
+import asyncio
 import os
 import re
-import socket
+import select
 import ssl
-import threading
-import time
 
 import bb
 import bb.utils
-from bb.connections import (Cancelled, ConnectError, ConnectionCacheError, DestinationError, Disconnected, ProtocolError, StatusError,
-                            TimedOutError)
-from bb.connections.request import DEFAULT_PORTS, MAX_DIGITS, Response, discard, redact
+from bb.connections import splice
+from bb.connections import (Cancelled, Changed, ConnectError, Disagreement, IdleClosed, ProtocolError, RefusedError,
+                            StatusError)
+from bb.connections.connection import Connection
+from bb.connections.request import ABSENT, DEFAULT_PORTS, MAX_DIGITS, Response, redact, retry_after, unwritable
 
-# An answer's head and what is read of a body that nobody wants before the
-# connection is given up instead, in bytes
+# The first line of an answer, and a header with the end of the line before it
+STATUS = re.compile(r"HTTP/1\.([01]) ([0-9]{3})(?![0-9])[^\r\n]*")
+HEADER = re.compile(r"\r\n([!-9;-~]+):([^\r\n]*)")
+
+REDIRECTS = (301, 302, 303, 307, 308)
+MAX_REDIRECTS = 10
+# Statuses of a server that declines to serve now, and of one that may do so for HEAD only
+REFUSED = (408, 429, 503)
+HEAD_REFUSED = (403, 405)
+
+# Bytes: the head of an answer; a body that is read although it is not wanted, so that the connection can be kept
 MAX_HEAD = 64 * 1024
 MAX_DISCARD = 64 * 1024
+MAX_CHUNK_LINE = 4096
+# Bytes of a body that are worth the preparation of splice(2)
+MIN_SPLICE = 256 * 1024
 MAX_TRAILERS = 100
-# To guess whether an answer has arrived: what is said of its length counts when it is read
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
-# Connections start together: one makes the context, for 20 to 50 ms, the others wait for it instead of making their own
-_contexts = threading.Lock()
+# Seconds before the next address of a host is tried as well (RFC 8305 recommends 250 ms)
+HAPPY_EYEBALLS = 0.25
 
 
-class IdleClosed(Disconnected):
-    """Closed while nothing was under way, which a server may do at any time (RFC 9112 9.5)"""
+async def connect(loop, owner, origin, route, timeout):
+    """Returns an HTTPConnection. Raises ConnectError, also if the certificate is not trusted."""
+    connection = HTTPConnection(loop, owner, origin, route, timeout)
+    host, port = route.proxy[:2] if route.proxy else (origin.host, origin.port)
+    secure = {}
+    try:
+        if origin.scheme == "https":
+            secure = {"ssl": _context(origin, route), "server_hostname": origin.host, "ssl_handshake_timeout": timeout}
+        if route.proxy and secure:
+            tunnel = await _tunnel(loop, origin, route)
+            context = secure.pop("ssl")
+            # connection_made() is up to the caller of start_tls()
+            connection.connection_made(await loop.start_tls(tunnel, connection, context, **secure))
+        else:
+            await loop.create_connection(lambda: connection, host, port, happy_eyeballs_delay=HAPPY_EYEBALLS, **secure)
+    except ssl.SSLCertVerificationError as e:
+        raise ConnectError("certificate of %s: %s" % (origin.host, e.verify_message), retryable=False) from e
+    except (OSError, ValueError) as e:
+        raise ConnectError("cannot connect to %s port %s: %s" % (host, port, e or repr(e))) from e
+    return connection
 
-class Disagreement(ProtocolError):
-    """Not what the server had said of the file before, which may be an answer to another request"""
+def _context(origin, route):
+    try:
+        return bb.utils.tls_context(route.verify, route.cafile, route.capath)
+    except OSError as e:
+        raise ConnectError("certificates for %s: %s" % (origin.host, e), retryable=False) from e
+
+async def _tunnel(loop, origin, route):
+    """Returns the transport of a connection through a proxy (RFC 9110 9.3.6)"""
+    host, port, login = route.proxy
+    transport, tunnel = await loop.create_connection(lambda: Tunnel(loop), host, port, happy_eyeballs_delay=HAPPY_EYEBALLS)
+    try:
+        name = authority(origin, True)
+        head = "CONNECT %s HTTP/1.1\r\nHost: %s\r\n" % (name, name)
+        if login:
+            head += "Proxy-Authorization: %s\r\n" % login
+        transport.write((head + "\r\n").encode("ascii"))
+        answer, _, behind = (await tunnel.answer).partition(b"\r\n\r\n")
+        status = answer.partition(b" ")[2][:3].decode("iso-8859-1")
+        if not answer.startswith(b"HTTP/1.") or not status.isdigit() or status[0] != "2":
+            raise ConnectError("proxy %s answered %s to CONNECT" % (host, ascii(status)), status in ("502", "503", "504"))
+        if behind:
+            # Not from the origin, but it would be used as its first answer
+            raise ConnectError("proxy %s sent more than its answer to CONNECT" % host)
+        return transport
+    except BaseException:
+        transport.abort()
+        raise
 
 
-class HTTPConnection:
-    """
-    timeout is how many seconds nothing may be heard, as wget is given 100.
+class Tunnel(asyncio.Protocol):
+    """Receives the answer of a proxy to CONNECT. answer is a future of what has been received up to its end."""
 
-    in_flight   the requests that are not answered yet, in the order of sending
-    reusable    whether further requests may be sent. If not, those in flight will not be answered.
-    served      how many were answered
-    version     of HTTP, (1, 1) or (1, 0), as the last answer said
-    ended       the server has said that it ends the connection
-    error       what has ended the connection behind the answers that receive() has returned, or None
+    def __init__(self, loop):
+        self.answer = loop.create_future()
+        self._data = b""
 
-    After any exception the connection cannot be used further.
-    """
-    # Whether the pool may connect to a host once at a time only, and whether to try pipelining before using it
-    serial = False
-    trial = True
+    def data_received(self, data):
+        self._data += data
+        if (b"\r\n\r\n" in self._data or len(self._data) > MAX_HEAD) and not self.answer.done():
+            self.answer.set_result(self._data)
 
-    def __init__(self, origin, route, timeout=100):
-        self.origin = origin
-        self.route = route
-        self.timeout = timeout
-        self.reusable = False
-        self.in_flight = collections.deque()
-        self.served = 0
+    def connection_lost(self, exc):
+        if not self.answer.done():
+            self.answer.set_exception(exc or ConnectionError("closed by the proxy"))
+
+
+def authority(origin, always_port=False):
+    host = "[%s]" % origin.host if ":" in origin.host else origin.host
+    if always_port or origin.port != DEFAULT_PORTS[origin.scheme]:
+        host += ":%s" % origin.port
+    return host
+
+
+class HTTPConnection(Connection):
+    """version is that of HTTP, (1, 1) or (1, 0), as in the last answer"""
+    tried = True
+
+    def __init__(self, loop, owner, origin, route, timeout):
+        super().__init__(loop, owner, origin, route, timeout)
         self.version = None
-        self.ended = False
-        self.error = None
-        self._sock = None
-        self._aborted = False
-        # What has been received and not yet been used is between start and end
-        self._data = bytearray(256 * 1024)
-        self._buffer = memoryview(self._data)
-        self._start = self._end = 0
         # More than one request is in flight, or was since there was none
         self._pipelined = False
-
-    # Connecting and closing
-
-    def connect(self):
-        """
-        Blocks until connected, through the proxy and with TLS if need be. That
-        is at most a timeout for each of these, and as long as the look-up of
-        the name takes, which cannot be ended. Raises ConnectError or Cancelled.
-        """
-        host, port = self.route.proxy[:2] if self.route.proxy else (self.origin.host, self.origin.port)
-        try:
-            self._connect(host, port)
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.origin.scheme == "https":
-                if self.route.proxy:
-                    self._tunnel()
-                context = self._context()
-                # The handshake in a step of its own, for abort() to find the socket
-                self._own(context.wrap_socket(self._sock, server_hostname=self.origin.host,
-                                              do_handshake_on_connect=False))
-                self._sock.do_handshake()
-        except ssl.SSLCertVerificationError as e:
-            raise ConnectError("certificate of %s: %s" % (self.origin.host, e.verify_message), retryable=False) from e
-        except (OSError, ValueError, ProtocolError) as e:
-            if self._aborted:
-                raise Cancelled("aborted") from e
-            raise ConnectError("cannot connect to %s port %s: %s" % (host, port, e)) from e
-        if self._aborted:
-            raise Cancelled("aborted")
-        self.reusable = True
-
-    def _context(self):
-        try:
-            with _contexts:
-                return bb.utils.tls_context(self.route.verify, self.route.cafile, self.route.capath)
-        except OSError as e:
-            raise ConnectError("certificates for %s: %s" % (self.origin.host, e), retryable=False) from e
-
-    def _connect(self, host, port):
-        deadline = time.monotonic() + self.timeout
-        error = None
-        for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            self._own(socket.socket(family, kind, proto))
-            try:
-                self._sock.settimeout(max(deadline - time.monotonic(), 0.1))
-                self._sock.connect(address)
-                self._sock.settimeout(self.timeout)
-                return
-            except OSError as e:
-                error = e
-                self._sock.close()
-        raise error or OSError("no address")
-
-    def _own(self, sock):
-        """From now on abort() ends what blocks on sock"""
-        self._sock = sock
-        if self._aborted:
-            raise OSError("aborted")
-
-    def _tunnel(self):
-        authority = self._authority()
-        head = "CONNECT %s HTTP/1.1\r\nHost: %s\r\n" % (authority, authority)
-        if self.route.proxy[2]:
-            head += "Proxy-Authorization: %s\r\n" % self.route.proxy[2]
-        self._send(head + "\r\n")
-        status, _ = self._read_head()
-        if status // 100 != 2:
-            raise ConnectError("proxy %s answered %s to CONNECT" % (self.route.proxy[0], status),
-                               retryable=status in (502, 503, 504))
-        if self._start != self._end:
-            # Not from the origin: it would pass for its first answer
-            raise ConnectError("proxy %s sent more than its answer to CONNECT" % self.route.proxy[0])
-
-    def _authority(self, always_port=True):
-        host = "[%s]" % self.origin.host if ":" in self.origin.host else self.origin.host
-        if always_port or self.origin.port != DEFAULT_PORTS[self.origin.scheme]:
-            host += ":%s" % self.origin.port
-        return host
-
-    def abort(self):
-        """Make whatever blocks on the connection fail soon. May be called from any thread."""
-        self._aborted = True
-        sock = self._sock
-        if sock is not None:
-            try:
-                # Of the plain socket: SSLSocket.shutdown() would drop its TLS state under the reader
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            except OSError:
-                pass
-
-    def close(self):
-        self.reusable = False
-        if self._sock is not None:
-            self._sock.close()
-
-    def fileno(self):
-        """The descriptor, -1 without one"""
-        return self._sock.fileno() if self._sock is not None else -1
-
-    # Requests and their answers
+        self._in_body = False
+        proxied = route.proxy and origin.scheme == "http"
+        self._prefix = "http://" + authority(origin) if proxied else ""
+        headers = ["Host: " + authority(origin), "User-Agent: bitbake/" + bb.__version__, "Accept: */*",
+                   "Accept-Encoding: identity"]
+        if proxied and route.proxy[2]:
+            headers.append("Proxy-Authorization: " + route.proxy[2])
+        self._headers = " HTTP/1.1\r\n%s\r\n" % "\r\n".join(headers)
 
     def send(self, requests):
-        """Send requests. Blocks while the system's buffers are full; that the server reads on is assumed."""
-        alone = not self.in_flight
-        self.in_flight.extend(requests)
-        self._pipelined = len(self.in_flight) > 1 or self._pipelined and not alone
-        if alone:
-            self._check_quiet()
-        try:
-            self._send("".join([self._head(request) for request in requests]))
-        except socket.timeout as e:
-            raise TimedOutError("%s: takes no request for %s seconds" % (self.origin.host, self.timeout)) from e
+        """Does not block. The requests are in flight then, unless the connection has ended."""
+        quiet = bool(self.in_flight) or self._is_quiet()
+        self._pipelined = len(self.in_flight) + len(requests) > 1 or self._pipelined and bool(self.in_flight)
+        super().send(requests)
+        if quiet:
+            self.transport.write("".join([self._head(request) for request in requests]).encode("ascii"))
+        else:
+            self.close(IdleClosed("%s: closed, or sent an answer without a request" % self.origin.host))
 
-    def set_timeout(self, timeout):
-        self.timeout = timeout
-        self._sock.settimeout(timeout)
+    def _is_quiet(self):
+        """Whether there is nothing to read that would be mistaken for an answer. With TLS it may be a session ticket."""
+        if self._has_tls():
+            return True
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
 
-    def receive(self):
-        """
-        Read the answer to the first in flight, the body of a 200 into its fd,
-        and those which have arrived with it. Blocks. Returns a list of
-        (request, Response, None).
-        """
-        answers = []
-        while self.in_flight and self.reusable and (not answers or self._arrived(self.in_flight[0])):
-            try:
-                response = self._read_answer(self.in_flight[0])
-            except Exception as e:
-                self.reusable = False
-                if not isinstance(e, ConnectionCacheError):
-                    e = ProtocolError("%s: %r" % (self.origin.host, e))
-                if not answers:
-                    raise e
-                self.error = e
-                break
-            answers.append((self.in_flight.popleft(), response, None))
-            self.served += 1
-        return answers
-
-    def _arrived(self, request):
-        """Whether the whole answer to request seems to be there"""
-        # Of TLS each read gives one record, which is one answer mostly
-        return self._buffered(request) or isinstance(self._sock, ssl.SSLSocket) and self._read_on() and self._buffered(request)
-
-    def _read_on(self):
-        """Read all that is there, without waiting. Returns False if there is nothing, or no room."""
-        if self._start == self._end:
-            self._start = self._end = 0
-        end = self._end
-        self._sock.settimeout(0)
-        try:
-            while self._end < len(self._buffer) and self._fill():
-                pass
-        except OSError:
-            # No more yet; if it is an error, the next one that reads has it too
-            pass
-        finally:
-            self._sock.settimeout(self.timeout)
-        return self._end > end
-
-    def _buffered(self, request):
-        pos = self._data.find(b"\r\n\r\n", self._start, self._end)
-        if pos < 0 or request.method == "HEAD":
-            return pos >= 0
-        length = _LENGTH.search(self._data, self._start, pos + 2)
-        return length is not None and self._end - pos - 4 >= int(length.group(1))
-
-    def _read_answer(self, request):
-        request.received = 0
-        try:
-            status, headers = self._read_head()
-            response = self._read_body(request, status, headers)
-        except socket.timeout as e:
-            raise TimedOutError("%s: nothing heard for %s seconds" % (redact(request.url), self.timeout)) from e
-        except OSError as e:
-            raise ProtocolError("%s: %s" % (redact(request.url), e)) from e
-        self._check_size(request, response.status, response.length)
-        self.reusable = response.length is not None or request.method == "HEAD"
-        if "connection" in headers or self.version < (1, 1):
-            tokens = [t.strip().lower() for t in headers.get("connection", "").split(",")]
-            self.ended = "close" in tokens
-            if self.ended or self.version < (1, 1) and "keep-alive" not in tokens:
-                self.reusable = False
-        # What comes behind may be part of this answer, or an attempt to pass for the next (RFC 9112 6.3)
-        if "transfer-encoding" in headers and "content-length" in headers:
-            self.reusable = False
-        if len(self.in_flight) == 1 and self._start != self._end:
-            self.reusable = False
-        return response
-
-    def _check_size(self, request, status, length):
-        """
-        A GET that disagrees with the HEAD before: if nothing else was under way it is the file that has
-        changed, else the answers may be mixed up.
-        """
-        if self._pipelined and request.fd is not None and request.size is not None:
-            if status in (404, 410) or status == 200 and length is not None and length != request.size:
-                raise Disagreement("%s: status %s and %s bytes, before it was %s bytes" %
-                                   (redact(request.url), status, length, request.size))
-
-    def _check_quiet(self):
-        """
-        What a server says unasked is no answer to what is asked next (RFC 9112 9.2), as the 408 of one that
-        has waited for a first request.
-        """
-        self._sock.settimeout(0)
-        try:
-            self._fill()
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return
-        except OSError as e:
-            raise IdleClosed("%s: %s" % (self.origin.host, e)) from e
-        finally:
-            self._sock.settimeout(self.timeout)
-        raise IdleClosed("%s: closed, or sent what was not asked for" % self.origin.host)
+    def _has_tls(self):
+        return self.origin.scheme == "https"
 
     def _head(self, request):
-        target = request.target
-        lines = ["Host: " + self._authority(always_port=False),
-                 "User-Agent: bitbake/" + bb.__version__,
-                 "Accept: */*", "Accept-Encoding: identity"]
+        head = "%s %s%s%s" % (request.method, self._prefix, request.target, self._headers)
         if request.method == "GET" and request.fd is None:
-            lines.append("Range: bytes=0-0")
+            head += "Range: bytes=0-0\r\n"
         if request.authorization:
-            lines.append("Authorization: " + request.authorization)
-        if self.route.proxy and self.origin.scheme == "http":
-            target = "http://%s%s" % (self._authority(always_port=False), target)
-            if self.route.proxy[2]:
-                lines.append("Proxy-Authorization: " + self.route.proxy[2])
-        return "%s %s HTTP/1.1\r\n%s\r\n\r\n" % (request.method, target, "\r\n".join(lines))
+            head += "Authorization: %s\r\n" % request.authorization
+        return head + "\r\n"
 
-    def _send(self, text):
-        try:
-            self._sock.sendall(text.encode("ascii"))
-        except socket.timeout:
-            raise
-        except OSError:
-            # The server has closed, but its last answers may be there: who reads behind them learns of it
-            pass
-
-    def _fill(self):
-        """Read once. Returns False at the end of the stream."""
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._end == len(self._buffer):
-            size = self._end - self._start
-            self._buffer[:size] = bytes(self._buffer[self._start:self._end])
-            self._start, self._end = 0, size
-        n = self._sock.recv_into(self._buffer[self._end:])
-        self._end += n
-        return n > 0
-
-    def _read_line_block(self, end, limit):
-        """Read up to and with the bytes end, at most limit. Returns them without end."""
-        seen = self._start
-        while True:
-            pos = self._data.find(end, seen, self._end)
-            if 0 <= pos <= self._start + limit:
-                data = bytes(self._buffer[self._start:pos])
-                self._start = pos + len(end)
-                return data
-            size = self._end - self._start
-            if pos >= 0 or size >= limit:
-                raise ProtocolError("%s: answer's head is longer than %s bytes" % (self.origin.host, limit))
+    @staticmethod
+    def judge(request, response):
+        status, location = response.status, response.headers.get("location")
+        if status in REFUSED:
+            return None, RefusedError("%s: status %s" % (redact(request.url), status), retry_after(response.headers))
+        if status in REDIRECTS and location:
             try:
-                more = self._fill()
-            except socket.timeout:
-                raise
-            except OSError as e:
-                if size:
-                    raise
-                raise Disconnected("%s: %s" % (self.origin.host, e)) from e
-            if not more:
-                if size:
-                    raise ProtocolError("%s: closed in the middle of an answer's head" % self.origin.host)
-                raise Disconnected("%s: closed without an answer" % self.origin.host)
-            # It may be that only its last byte was missing. _fill() may have moved what is there.
-            seen = max(self._start, self._start + size - len(end) + 1)
+                if request.redirects >= MAX_REDIRECTS:
+                    raise ValueError("more than %s redirects" % MAX_REDIRECTS)
+                request.redirect(location)
+            except ValueError as e:
+                return None, StatusError("%s: %s" % (redact(request.url), e), status)
+            return None, Changed()
+        if request.method == "HEAD" and status in HEAD_REFUSED:
+            # As in fetch2/wget.py
+            request.method = "GET"
+            return None, Changed()
+        if request.method == "GET" and request.fd is None:
+            return of_whole_file(response), None
+        return response, None
 
-    def _read_head(self):
-        """Returns status, and headers with names in lower case. Sets version. Skips 1xx."""
+    # Answers
+
+    def in_answer(self):
+        return super().in_answer() or self._in_body
+
+    def error_of_end(self, exc):
+        if not self.in_flight:
+            return IdleClosed("%s: closed by the server" % self.origin.host)
+        return super().error_of_end(exc)
+
+    def parse(self):
         while True:
-            head = self._read_line_block(b"\r\n\r\n", MAX_HEAD).decode("iso-8859-1").split("\r\n")
-            version, _, rest = head[0].partition(" ")
-            status = rest[:3]
-            if version not in ("HTTP/1.1", "HTTP/1.0") or not (status.isascii() and status.isdigit() and len(status) == 3):
-                raise ProtocolError("%s: not a HTTP/1 answer: %r" % (self.origin.host, head[0][:80]))
-            headers = {}
-            for line in head[1:]:
-                name, colon, value = line.partition(":")
-                if not colon or not name or name != name.strip():
-                    raise ProtocolError("%s: not a header: %r" % (self.origin.host, line[:80]))
-                name, value = name.lower(), value.strip()
-                if name in headers:
-                    # RFC 9112 6.3: the same length twice is one, two lengths are an attack or a fault
-                    value = value if name == "content-length" and headers[name] == value else headers[name] + ", " + value
-                headers[name] = value
-            if status[0] != "1":
-                self.version = (1, int(version[-1]))
-                return int(status), headers
+            head = yield from self._read_until(b"\r\n\r\n", MAX_HEAD)
+            if not self.in_flight:
+                # RFC 9112 9.2; such as the 408 of a server that has waited for a first request
+                raise IdleClosed("%s: sent an answer without a request" % self.origin.host)
+            request = self.in_flight[0]
+            status, headers = self._parse_head(head)
+            if status < 200:
+                continue
+            response = Response(status, headers, self._length(request, headers))
+            self._check(request, response)
+            keep = True
+            if request.method != "HEAD" and status not in (204, 304):
+                self._in_body = True
+                response, keep = yield from self._read_body(request, response)
+                self._in_body = False
+            self.in_flight.popleft()
+            self.answer(request, response)
+            # What follows may be part of this answer, or be meant to be mistaken for the next (RFC 9112 6.3)
+            if not keep or not self._is_kept(headers) or not self.in_flight and self.start != self.end:
+                return
 
-    def _read_body(self, request, status, headers):
-        length = headers.get("content-length")
-        if length is not None:
-            if not (length.isascii() and length.isdigit() and len(length) <= MAX_DIGITS):
-                raise ProtocolError("%s: Content-Length is %r" % (redact(request.url), length[:80]))
-            length = int(length)
-        if request.method == "HEAD" or status in (204, 304):
-            return Response(status, headers, length)
+    def _is_kept(self, headers):
+        """Whether the server keeps the connection open (RFC 9112 9.3)"""
+        tokens = headers.get("connection", "").lower()
+        self.announced = "close" in tokens
+        return not self.announced and (self.version >= (1, 1) or "keep-alive" in tokens)
 
+    def _read_until(self, end, limit):
+        """Returns what is before the bytes end, and removes both"""
+        size = 0
+        while True:
+            # Only its last byte may have been missing, and get_buffer() may have moved the data
+            pos = self.data.find(end, self.start + max(0, size - len(end) + 1), self.end)
+            size = self.end - self.start
+            if pos > self.start + limit or pos < 0 and size > limit:
+                raise ProtocolError("%s: more than %s bytes in the head of an answer" % (self.origin.host, limit))
+            if pos >= 0:
+                head = bytes(self.view[self.start:pos])
+                self.start = pos + len(end)
+                return head
+            yield
+
+    def _parse_head(self, head):
+        """Returns status, and headers with lower case names. Several values are joined as in a list (RFC 9110 5.3)."""
+        head = head.decode("iso-8859-1")
+        match = STATUS.match(head)
+        fields = HEADER.findall(head)
+        if not match or not len(fields) == head.count("\n") == head.count("\r"):
+            raise ProtocolError("%s: not an HTTP/1 answer: %r" % (self.origin.host, head[:80]))
+        self.version = (1, int(match[1]))
+        headers = {}
+        for name, value in fields:
+            name, value = name.lower(), value.strip()
+            headers[name] = "%s, %s" % (headers[name], value) if name in headers else value
+        return int(match[2]), headers
+
+    @staticmethod
+    def _length(request, headers):
+        """Content-Length, or None"""
+        value = headers.get("content-length")
+        if value is None:
+            return None
+        # The same length twice is one, two lengths are an attack or a fault (RFC 9112 6.3)
+        length, *others = set(value.split(", "))
+        if others or not (length.isascii() and length.isdigit() and len(length) <= MAX_DIGITS):
+            raise ProtocolError("%s: Content-Length is %r" % (redact(request.url), value[:80]))
+        return int(length)
+
+    def _read_body(self, request, response):
+        """Returns the Response, and whether the end of the body is known"""
+        status, headers, length = response
         wanted = status == 200 and request.fd is not None
         if wanted:
-            if length is not None:
-                self._check_size(request, status, length)
-            self._write(discard, request.fd)
-        sink = functools.partial(self._sink, request) if wanted else None
+            request.begin_body()
         coding = headers.get("transfer-encoding")
         if coding is not None:
             if coding.lower() != "chunked":
                 raise ProtocolError("%s: Transfer-Encoding is %r" % (redact(request.url), coding[:80]))
-            return Response(status, headers, self._read_chunks(request, sink))
-        if length is None:
-            # Ends with the connection: nothing tells a complete file from half of one
-            if wanted:
-                raise StatusError("%s: the server does not say how long the file is" % redact(request.url), status)
-            return Response(status, headers, None)
-        if not wanted and length > MAX_DISCARD:
-            return Response(status, headers, None)
-        self._read_bytes(request, length, sink)
-        return Response(status, headers, length)
+            response = Response(status, headers, (yield from self._read_chunks(request, wanted)))
+            self._check(request, response)
+            # With both headers the next answer cannot be trusted (RFC 9112 6.3)
+            return response, length is None
+        if length is None and wanted:
+            # The body ends with the connection: complete or not, nobody can tell
+            raise StatusError("%s: the server does not announce the size of the file" % redact(request.url), status)
+        if length is None or not wanted and length > MAX_DISCARD:
+            return Response(status, headers, None), False
+        if wanted and length <= self.end - self.start:
+            self._write(request, length)
+        else:
+            yield from self._read_bytes(request, length, wanted)
+        return response, True
 
-    def _read_bytes(self, request, size, sink):
+    def _check(self, request, response):
+        """An answer that contradicts the HEAD belongs to another request, if there was another; else the file has changed"""
+        if self._pipelined and request.fd is not None and request.size is not None:
+            other = response.status == 200 and (response.length is not None and response.length != request.size or
+                                                response.validators != request.validators)
+            if other or response.status in ABSENT:
+                raise Disagreement("%s: status %s and %s bytes, the answer to HEAD was %s bytes" %
+                                   (redact(request.url), response.status, response.length, request.size))
+
+    def _read_bytes(self, request, size, wanted):
         while size:
-            if self._start == self._end and not self._fill():
-                raise ProtocolError("%s: closed %s bytes before the end" % (redact(request.url), size))
-            if request.cancelled or self._aborted:
-                raise Cancelled("nobody waits for it")
-            n = min(size, self._end - self._start)
-            if sink:
-                sink(self._buffer[self._start:self._start + n])
-            self._start += n
+            if self.start == self.end and wanted and size >= MIN_SPLICE and splice.is_supported and not self._has_tls():
+                yield from self._splice(request, size)
+                return
+            while self.start == self.end:
+                yield
+            if request.cancelled:
+                raise Cancelled("the answer is not needed any more")
+            n = min(size, self.end - self.start)
+            if wanted:
+                self._write(request, n)
+            else:
+                self.start += n
             size -= n
 
-    def _read_chunks(self, request, sink):
-        """RFC 9112 7.1. Returns the length of the body."""
+    def _splice(self, request, size):
+        with splice.Splice(self.loop, self.transport, request.fd, request.received, size, self.updated) as moving:
+            while moving.left:
+                yield
+                request.received = moving.offset
+                if request.cancelled:
+                    raise Cancelled("the answer is not needed any more")
+                if isinstance(moving.error, OSError):
+                    raise ProtocolError("%s: %s" % (self.origin.host, moving.error)) from moving.error
+                if moving.error:
+                    raise moving.error
+
+    def _read_chunks(self, request, wanted):
+        """RFC 9112 7.1. Returns the size of the body."""
         total = 0
         while True:
-            line = self._read_line_block(b"\r\n", 4096).partition(b";")[0].strip()
-            try:
-                if line.strip(b"0123456789abcdefABCDEF"):
-                    raise ValueError
-                size = int(line, 16)
-            except ValueError:
-                raise ProtocolError("%s: not a chunk size: %r" % (redact(request.url), line[:80])) from None
-            if size == 0:
+            line = (yield from self._read_until(b"\r\n", MAX_CHUNK_LINE)).partition(b";")[0].strip()
+            if not line or line.strip(b"0123456789abcdefABCDEF") or len(line) > MAX_DIGITS:
+                raise ProtocolError("%s: not the size of a chunk: %r" % (redact(request.url), line[:80]))
+            size = int(line, 16)
+            if not size:
                 # Trailers, up to an empty line
                 for _ in range(MAX_TRAILERS):
-                    if not self._read_line_block(b"\r\n", MAX_HEAD):
+                    if not (yield from self._read_until(b"\r\n", MAX_HEAD)):
                         return total
                 raise ProtocolError("%s: more than %s trailers" % (redact(request.url), MAX_TRAILERS))
             total += size
-            if sink is None and total > MAX_DISCARD:
-                raise ProtocolError("%s: a long body that nobody wants" % redact(request.url))
-            self._read_bytes(request, size, sink)
-            if self._read_line_block(b"\r\n", 2 + 1):
-                raise ProtocolError("%s: chunk without an end" % redact(request.url))
+            if not wanted and total > MAX_DISCARD:
+                raise ProtocolError("%s: a long body that is not needed" % redact(request.url))
+            yield from self._read_bytes(request, size, wanted)
+            if (yield from self._read_until(b"\r\n", 2)):
+                raise ProtocolError("%s: chunk is longer than its size" % redact(request.url))
 
-    @staticmethod
-    def _sink(request, data):
-        while data:
-            n = HTTPConnection._write(os.pwrite, request.fd, data, request.received)
-            request.received += n
-            data = data[n:]
-
-    @staticmethod
-    def _write(call, *args):
+    def _write(self, request, size):
+        stop = self.start + size
         try:
-            return call(*args)
+            while self.start < stop:
+                written = os.pwrite(request.fd, self.view[self.start:stop], request.received)
+                request.received += written
+                self.start += written
         except OSError as e:
-            raise DestinationError("cannot write the file: %s" % e.strerror) from e
+            raise unwritable(e) from e
+
+
+def of_whole_file(response):
+    """The answer to a GET of the first byte, as if it were one to HEAD (RFC 9110 14.4)"""
+    if response.status not in (206, 416):
+        return response
+    size = response.headers.get("content-range", "").rpartition("/")[2]
+    size = int(size) if size.isascii() and size.isdigit() and len(size) <= MAX_DIGITS else None
+    if response.status == 416 and size != 0:
+        return response
+    return Response(200, response.headers, size)

@@ -5,103 +5,99 @@
 #
 
 """
-Whether requests to a host can be pipelined (RFC 9112 9.3.2), and how many.
+Whether several requests may be in flight on a connection to an HTTP server.
 
-HTTP/1.1 demands it of each server, but some, and what stands before them, mix
-answers up or end the connection. So a host is tested first with requests that
-are to be made anyway: some at once, and between them one whose answer must not
-look like theirs: for a file that is known to exist it is the same HEAD again,
-else an OPTIONS. It is given up for a host that fails, that breaks connections
-again and again while requests are under way, or whose answer does not fit what
-the host has said of the file before.
+HTTP/1.1 requires every server to support that (RFC 9112 9.3.2), but some, and
+devices in front of them, mix up answers or close the connection. So it is
+tried first, with requests that are due anyway and one probe among them whose
+answer can be told from theirs: if a file is known to exist, the same HEAD
+again, else, or if the files look alike, an OPTIONS. Pipelining ends for a server which fails the trial,
+breaks connections repeatedly while several requests are in flight, or whose
+answer contradicts an earlier one about the same file.
 
-host.py owns one object for each host and guards it by its condition, except
-for test(), which blocks.
+host.py has one Pipelining for each host, and one Trial at most at a time. No
+input or output happens in here.
 """
 
-from bb.connections import ConnectionCacheError, Disconnected, ProtocolError, TimedOutError
-from bb.connections.http import Disagreement
+from bb.connections import Disagreement, Disconnected
 from bb.connections.request import ABSENT, Request
 
-# What a host is tested with: how many requests, and how many seconds it has for them
-TEST_REQUESTS = 3
-TEST_SECONDS = 10
-# How often connections may break before each has answered ENOUGH
+# Requests in flight during the trial at least, besides the probe, and seconds without data that end it
+MIN_REQUESTS = 3
+TRIAL_TIMEOUT = 10
+# Connections that may break in a row before each has answered ENOUGH requests
 STRIKES = 2
 ENOUGH = 100
-# After so many tests that have shown nothing no more are made
+# Trials without a result
 INCONCLUSIVE = 8
-# A connection that the server ends after fewer answers is no example for the others
+# A server that closes a connection after fewer answers is not expected to do so after as many again
 KEEPALIVE_FROM = 10
 
 
 class Pipelining:
-    """tested is whether it has to be tested before it is used; without, each connection takes all it is given"""
+    """tried is whether a trial is needed; without one it works"""
 
-    def __init__(self, tested):
-        # None if not known yet
-        self._works = None if tested else True
-        self._tested = tested
-        self._testing = False
+    def __init__(self, tried):
+        # None: not known yet
+        self._works = None if tried else True
+        self._tried = tried
+        self._trial = False
         self._strikes = 0
         self._inconclusive = 0
-        # A connection has broken with more than one request in flight: the next must not begin with more than one
+        # A connection has broken with several requests in flight: the next one has to begin with a single request
         self._careful = False
-        # After how many answers the server ends a connection
+        # Answers after which the server closes a connection
         self._keepalive = None
-
-    def connecting(self, connection):
-        connection.careful, self._careful = self._careful, False
 
     def room(self, connection, depth):
         """How many more requests may be sent on connection now, if depth may be in flight"""
-        flying = len(connection.in_flight)
-        if not self._works or connection.careful and not connection.served:
-            return 1 - flying
-        room = depth - flying
+        in_flight = len(connection.in_flight)
+        if not self._works or self._careful and not connection.served:
+            return 1 - in_flight
+        self._careful = False
+        room = depth - in_flight
         if self._keepalive is not None and connection.served < self._keepalive:
-            # What comes behind the last answer would be asked in vain
-            room = min(room, self._keepalive - connection.served - flying)
+            # The server would not answer more
+            room = min(room, self._keepalive - connection.served - in_flight)
         return room
 
     def closed(self, connection):
-        """The server has ended connection in an orderly way"""
-        if connection.ended and connection.served >= KEEPALIVE_FROM:
+        """The server has announced the end of connection"""
+        if connection.announced and connection.served >= KEEPALIVE_FROM:
             self._keepalive = connection.served
 
-    def broken(self, served, error):
-        """A connection broke with more than one request in flight, after it had answered served"""
+    def broken(self, connection, error):
+        """The connection broke with more than one request in flight"""
         self._careful = True
-        self._strikes = 1 if served >= ENOUGH else self._strikes + 1
-        if self._tested and (self._strikes >= STRIKES or isinstance(error, Disagreement)):
+        self._strikes = 1 if connection.served >= ENOUGH else self._strikes + 1
+        if self._tried and (self._strikes >= STRIKES or isinstance(error, Disagreement)):
             self._works = False
 
-    # The test
-
-    @property
-    def untested(self):
-        return self._works is None and not self._testing
-
-    def begin(self, connection, known, response, queue):
+    def trial(self, connection, answer, queue, depth):
         """
-        Whether the caller has to test now: response is an answer to known, on connection, that is of
-        use for it, and the first of queue are what can be asked.
+        Returns a Trial whose requests have been taken from queue, or None. answer, (request, response, error), is the
+        last one on connection.
         """
-        if not self.untested or known.method != "HEAD" or known.redirects or connection.in_flight:
-            return False
+        known, response, error = answer
+        if self._works is not None or self._trial or error or known.method != "HEAD" or known.redirects or connection.in_flight:
+            return None
         if connection.version < (1, 1) or connection.route.proxy and connection.origin.scheme == "http":
-            # A proxy of that kind answers itself, and many cannot do it
+            # Such a proxy answers itself, and many do not support it
             self._works = False
-            return False
-        if response.status != 200 and response.status not in ABSENT or len(queue) < TEST_REQUESTS:
-            return False
-        self._testing = all(queue[n].method == "HEAD" and queue[n].route == connection.route and not queue[n].cancelled
-                            for n in range(TEST_REQUESTS))
-        return self._testing
+            return None
+        if response.status != 200 and response.status not in ABSENT:
+            return None
+        requests = queue.take(depth, lambda request: request.method == "HEAD" and not request.cancelled)
+        if len(requests) < MIN_REQUESTS:
+            for request in reversed(requests):
+                queue.put_back(request)
+            return None
+        self._trial = True
+        return Trial(known, response, requests, response.status == 200 and self._inconclusive % 2 == 0)
 
-    def end(self, outcome):
-        """Take the outcome of test()"""
-        self._testing = False
+    def finish(self, outcome):
+        """Take the outcome of the trial"""
+        self._trial = False
         self._strikes += outcome == "broke"
         self._inconclusive += outcome is None
         if outcome == "works":
@@ -109,49 +105,55 @@ class Pipelining:
         elif outcome == "fails" or self._strikes >= STRIKES or self._inconclusive >= INCONCLUSIVE:
             self._works = False
 
-    @staticmethod
-    def test(connection, known, response, requests):
+
+class Trial:
+    """
+    requests are due, and what is sent has a probe among them. known is a request that has been answered with response;
+    head tells whether the probe is the same HEAD again.
+    """
+
+    def __init__(self, known, response, requests, head):
+        self.requests = requests
+        self._response = response
+        self._head = head
+        self._probe = Request("HEAD" if self._head else "OPTIONS", known.url, known.environment, known.verify, known.authorization)
+        self.sent = requests[:1] + [self._probe] + requests[1:]
+        self._answers = []
+
+    def add(self, answers):
+        """Some have been answered. Returns whether that was all."""
+        self._answers += answers
+        return len(self._answers) == len(self.sent)
+
+    def judge(self):
         """
-        Ask requests at once, and another one between them. Blocks, at most a few times TEST_SECONDS. Returns
-        "works", "fails", "broke" if the connection has ended without an answer, or None if nothing is known
-        now; and the answers to requests, none if they are of no use.
+        All have been answered. Returns "works", "fails", or None if there is no result; and the answers to requests,
+        empty if they may be mixed up.
         """
-        method = "HEAD" if response.status == 200 else "OPTIONS"
-        other = Request(method, known.url, known.environment, known.verify, known.authorization)
-        answers = []
-        timeout = connection.timeout
-        connection.set_timeout(min(TEST_SECONDS, timeout))
-        try:
-            connection.send(requests[:1] + [other] + requests[1:])
-            while connection.in_flight and connection.reusable:
-                answers += connection.receive()
-            if connection.error:
-                raise connection.error
-            connection.set_timeout(timeout)
-        except (ProtocolError, TimedOutError) as e:
-            # Without any answer it may have been closed before
-            return ("broke" if isinstance(e, Disconnected) and not answers else "fails"), []
-        except (ConnectionCacheError, OSError):
+        found = [response for _, response, _ in self._answers]
+        if any(response.status in (429, 503) for response in found):
             return None, []
-        if connection.in_flight:
-            # The server has ended the connection, for a reason of its own
-            return None, []
-        found = [answer for _, answer, _ in answers]
-        if any(answer.status in (429, 503) for answer in found):
-            return None, []
-        if method == "HEAD":
-            if not same_file(found[1], response):
+        if self._head:
+            if not same_file(found[1], self._response):
                 return "fails", []
-            works = not same_file(found[0], response) and not same_file(found[2], response)
+            works = not same_file(found[0], self._response) and not same_file(found[2], self._response)
         else:
-            # nginx says 405, Apache 200 and what is allowed
-            works = [answer.status in (204, 405, 501) or "allow" in answer.headers for answer in found] == [False, True, False, False]
-        if not works and not all(same_file(answer, found[0]) for answer in found):
-            # What cannot be told from others may be in the wrong place, and the rest too
+            # nginx answers 405, Apache 200 and what is allowed
+            works = [response.status in (204, 405, 501) or response.headers.get("allow") is not None for response in found]
+            works = works[1] and works.count(True) == 1
+        if not works and not all(same_file(response, found[0]) for response in found):
+            # The probe cannot be told from its neighbours, and others may be in the wrong place
             return None, []
-        return "works" if works else None, [answer for answer in answers if answer[0] is not other]
+        return "works" if works else None, [answer for answer in self._answers if answer[0] is not self._probe]
+
+    def ended(self, error):
+        """The connection has ended before all were answered. Returns the outcome; error is None for an orderly end."""
+        if error is None:
+            return None
+        # Without any answer it may have been closed before
+        return "broke" if isinstance(error, Disconnected) and not self._answers else "fails"
 
 
 def same_file(one, other):
-    """Whether two answers to HEAD may be of the same file"""
+    """Whether two answers to HEAD may be about the same file"""
     return (one.status, one.length, one.headers.get("etag")) == (other.status, other.length, other.headers.get("etag"))

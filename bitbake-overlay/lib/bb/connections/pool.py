@@ -5,149 +5,155 @@
 #
 
 """
-All connections to the mirrors.
+All hosts, and what they have answered, so that nothing is asked twice.
 
-Made by server.py for the time of a build's runqueue. Each host (scheme, name,
-port, user) has at most limit connections, whatever the number of tasks, and
-whether it is a query or a download; on each at most depth requests are under
-way. host.py does the work.
+Used by server.py, in the thread of the event loop. A host (scheme, name, port,
+user) has at most limit connections. Whether a file exists, and its size, are
+remembered as long as the pool exists; errors, and answers which say neither
+yes nor no, are not.
 
-    pool = Pool(limit=4, depth=64)
-    pool.submit(request)        # request.done is called in a thread of the pool
-    ...
-    pool.stop()                 # all that wait hear a Cancelled
+    pool = Pool(loop, limit=4, timeout=100)
+    pool.submit(requests)       # calls done() of each request, maybe at once
+    pool.stop()                 # fails those that are left with Cancelled
 """
 
-import threading
-import time
+from bb.connections import Cancelled, http, sftp
+from bb.connections.host import Host
+from bb.connections.request import ABSENT, MISSING, Response
 
-from bb.connections import Cancelled
-from bb.connections.host import Host, Statistics, finish
-from bb.connections.http import HTTPConnection
-from bb.connections.sftp import SFTPConnection
-
-# Connections to all hosts together. Each is a thread and one or two descriptors, of which select() in
-# server/process.py can deal with the first 1024 only.
+# Connections to all hosts together: each has one or two descriptors, of which select() in server/process.py, which is
+# in the same process, supports the first 1024
 MAX_CONNECTIONS = 128
 
-# A thread that only computes may do so for WORK seconds before those of the connections have YIELD seconds for
-# themselves. Unasked, Python lets them run after 5 ms, and again for each of the many short waits of an answer.
-WORK = 0.0015
-YIELD = 0.00005
+PROTOCOLS = {"http": (http.connect, http.HTTPConnection), "https": (http.connect, http.HTTPConnection),
+             "sftp": (sftp.connect, sftp.SFTPConnection)}
 
-CLASSES = {"http": HTTPConnection, "https": HTTPConnection, "sftp": SFTPConnection}
+# In place of (size, validators)
+NO_FILE = ()
 
 
 class Pool:
     """
-    limit is the number of connections per host, depth how many requests may be
-    under way on one of them. classes are the classes of the connections, by
-    scheme, called with origin, route and timeout (seconds).
-    """
-    def __init__(self, limit, depth=1, timeout=100, classes=CLASSES):
-        self.limit = limit
-        self.depth = depth
-        self.timeout = timeout
-        self.classes = classes
-        self._lock = threading.Lock()
-        self._hosts = {}
-        self._reserved = 0
-        self._stopped = False
-        self._yielded = 0
+    limit is the number of connections for each host, timeout how many seconds
+    without any data end a connection. protocols has, for each scheme, the
+    coroutine that opens a connection and the class of that.
 
-    def submit(self, *requests, first=False):
+    hosts       {origin: Host}
+    """
+
+    def __init__(self, loop, limit, timeout=100, protocols=PROTOCOLS):
+        self.loop = loop
+        self.limit = limit
+        self.timeout = timeout
+        self.hosts = {}
+        self._protocols = protocols
+        self._stopped = False
+        # {(authorization, route): {url: (size, validators) or NO_FILE}}
+        self._answers = {}
+        # {key: requests that wait for the answer to another one}
+        self._asked = {}
+        # Requests that are not answered, and seconds in which there were any, before the time _busy_since
+        self._open = 0
+        self._busy = self._busy_since = 0
+
+    def submit(self, requests):
         """
-        Queue requests, if first before all that are not first. Does not block, unless in the done of a request
-        that fails at once.
+        Queue requests; those marked as first before all others. A HEAD that has been answered before is answered at
+        once, and so is the GET of a file that does not exist.
         """
+        if not self._open:
+            self._busy_since = self.loop.time()
+        self._open += len(requests)
         groups = {}
         for request in requests:
-            request.first = request.first or first
-            groups.setdefault((request.origin, request.route), []).append(request)
-        for (origin, _), group in groups.items():
-            with self._lock:
-                host = self._hosts.get(origin)
-                if host is None and not self._stopped:
-                    host = self._hosts[origin] = Host(self, origin)
-            if host:
-                host.submit(group)
-            else:
-                for request in group:
-                    finish(request, None, Cancelled("the build has ended"))
+            if self._stopped:
+                self.finish(request, None, Cancelled("the build has ended"))
+            elif self._has_to_be_asked(request):
+                groups.setdefault(request.origin, []).append(request)
+        for origin, group in groups.items():
+            self._host(origin).submit(group)
 
-    def hurry(self, *requests):
-        """Those of requests which were submitted and are still queued come before all others now. Does not block."""
-        with self._lock:
-            hosts = {request.origin: self._hosts.get(request.origin) for request in requests}
-        for origin, host in hosts.items():
-            if host:
-                host.hurry([request for request in requests if request.origin == origin])
+    def _host(self, origin):
+        host = self.hosts.get(origin)
+        if host is None:
+            host = self.hosts[origin] = Host(self, origin, *self._protocols[origin.scheme])
+        return host
 
-    def reserve(self):
-        """For a host: whether there may be one more connection. It is counted then."""
-        with self._lock:
-            if self._reserved >= MAX_CONNECTIONS:
-                return False
-            self._reserved += 1
+    def _has_to_be_asked(self, request):
+        """If not, it has been answered, or waits for the answer to the same request"""
+        known = self._answers.get(request.key[0], {}).get(request.key[1])
+        if request.method == "HEAD" and known and not self.is_healthy(request.origin, request.route):
+            # To answer that there is a file would be of no use if it cannot be fetched
+            known = None
+        if known == NO_FILE:
+            self._conclude(request, Response(404, {}, None), None)
+            return False
+        if request.method == "GET":
+            request.size, request.validators = known or (None, None)
             return True
+        if known:
+            self._conclude(request, Response(200, {}, known[0]), None)
+            return False
+        if request.key in self._asked:
+            self._asked[request.key].append(request)
+            return False
+        self._asked[request.key] = []
+        return True
 
-    def release(self):
-        """One of those has ended"""
-        with self._lock:
-            self._reserved -= 1
+    def resubmit(self, request):
+        """Of a host: request has been changed, and may belong to another host now"""
+        if self._stopped:
+            self.finish(request, None, Cancelled("the build has ended"))
+        else:
+            self._host(request.origin).submit([request])
 
-    def stop(self, timeout=10):
-        """
-        End all connections and threads; what waits or is under way is
-        cancelled. Returns False if a thread is left after timeout seconds.
-        """
-        with self._lock:
-            self._stopped = True
-            hosts = list(self._hosts.values())
-        for host in hosts:
+    def finish(self, request, response, error):
+        """Of a host: request is answered"""
+        is_head = request.asked == "HEAD"
+        if response:
+            answers = self._answers.setdefault(request.key[0], {})
+            if response.status == 200:
+                answers[request.key[1]] = response.length, response.validators
+            elif response.status in (MISSING if is_head else ABSENT):
+                answers[request.key[1]] = NO_FILE
+        others = self._asked.pop(request.key, ()) if is_head else ()
+        self._conclude(request, response, error)
+        for other in others:
+            if isinstance(error, Cancelled) and not other.cancelled:
+                # Only the first one is not needed any more
+                self._open -= 1
+                self.submit([other])
+            else:
+                self._conclude(other, response, error)
+
+    def _conclude(self, request, response, error):
+        self._open -= 1
+        if not self._open:
+            self._busy += self.loop.time() - self._busy_since
+        request.done(request, response, error)
+
+    def hurry(self, requests):
+        """Send those of requests that are still queued before all others"""
+        for host in self.hosts.values():
+            host.hurry(requests)
+        for request in requests:
+            # Also of those that are in flight the answers are urgent
+            request.first = True
+
+    def has_room(self):
+        """Of a host: whether there may be one more connection"""
+        return sum(host.size for host in self.hosts.values()) < MAX_CONNECTIONS
+
+    def is_healthy(self, origin, route):
+        """Whether the last event of a host was an answer, or there was none. From any thread."""
+        host = self.hosts.get(origin)
+        return host is None or host.health.is_healthy(route)
+
+    def busy_seconds(self):
+        """Seconds in which there were requests that had not been answered"""
+        return self._busy + (self.loop.time() - self._busy_since if self._open else 0)
+
+    def stop(self):
+        self._stopped = True
+        for host in self.hosts.values():
             host.stop()
-        deadline = time.monotonic() + timeout
-        return all([host.join(deadline) for host in hosts])
-
-    def well(self, origin, route):
-        """Whether the last that was heard of a host by that route is an answer, or nothing is known of it"""
-        with self._lock:
-            host = self._hosts.get(origin)
-        return host is None or host.well(route)
-
-    def has_answered(self, origin):
-        """Whether a host has given an answer, at any time"""
-        with self._lock:
-            host = self._hosts.get(origin)
-        return host is not None and host.has_answered()
-
-    def give_way(self):
-        """
-        Let the connections work, if they could not for a while. For the runqueue's thread, when there is
-        something to be asked or awaited. Blocks for a fraction of a millisecond, if at all.
-        """
-        if time.monotonic() - self._yielded > WORK:
-            time.sleep(YIELD)
-            self._yielded = time.monotonic()
-
-    def hosts(self):
-        """The hosts that were asked: for each its Origin and Statistics"""
-        with self._lock:
-            return [(host.origin, host.statistics) for host in self._hosts.values()]
-
-    @property
-    def statistics(self):
-        """The sum of those of all hosts"""
-        total = Statistics()
-        for _, one in self.hosts():
-            total.count(**{field: getattr(one, field) for field in Statistics.FIELDS})
-        return total
-
-    def troubles(self):
-        """Name of the host and what was wrong, for each host that was left alone"""
-        with self._lock:
-            return [(host.origin.host, host.trouble) for host in self._hosts.values() if host.trouble]
-
-    def connections(self):
-        """The connections that exist now. Takes no lock, for use after a fork."""
-        return [c for host in list(self._hosts.values()) for c in list(host.connections)]

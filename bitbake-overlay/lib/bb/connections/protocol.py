@@ -70,10 +70,8 @@ def encode(message):
 
 def send(sock, data, fd=None):
     """Send what encode() returned. Blocks as the socket does; raises OSError."""
-    if fd is None:
-        sock.sendall(data)
-    else:
-        socket.send_fds(sock, [data], [fd])
+    # Not socket.send_fds(), which is of Python 3.9
+    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else [])
 
 def receive(sock):
     """

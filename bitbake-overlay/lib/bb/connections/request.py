@@ -5,15 +5,14 @@
 #
 
 """
-What is asked of a mirror: a URL, on behalf of an environment; and the answer.
+A request to a mirror, and its answer.
 
-Made by client.py, server.py, presencequery.py and prefetch.py, worked off by
-host.py, http.py and sftp.py. Knows what a URL, a redirect and a proxy mean, and
-does no input or output, but for looking where ssh is.
+A request is a URL, asked for with a certain environment: proxy, certificates
+and the way ssh is started follow from variables of the task, not of this
+process. This module does no input or output, except that it looks up ssh in
+PATH.
 
-    def done(request, response, error):
-        ...
-    pool.submit(Request("HEAD", "https://mirror.example/sstate/x", environment, done=done))
+    Request("HEAD", "https://mirror.example/sstate/x", environment)
 """
 
 import base64
@@ -21,27 +20,28 @@ import collections
 import email.utils
 import functools
 import os
+import re
 import shutil
 import time
 import urllib.parse
 import urllib.request
 
-REDIRECTS = (301, 302, 303, 307, 308)
-MAX_REDIRECTS = 10
-HEAD_REFUSED = (403, 405)
+from bb.connections import DestinationError
 
-# Statuses which say that there is no such file, and those which say that there is none for us
+# Scheme, authority, path, query (RFC 3986 appendix B; urlsplit() takes five times as long)
+URL = re.compile(r"([^:/?#]+)://([^/?#]*)([^?#]*)(\?[^#]*)?(?:#.*)?", re.DOTALL)
+
+# No such file, and additionally: not for us. The latter are final for HEAD only.
 ABSENT = (404, 410)
 MISSING = ABSENT + (401, 403, 405)
 
-# Of the size of a file
+# Longest decimal number that is accepted as the size of a file
 MAX_DIGITS = 18
 
-# Without a port for sftp it is ssh's configuration that says which
+# 0: ssh's own configuration selects the port
 DEFAULT_PORTS = {"http": 80, "https": 443, "sftp": 0}
 
-# What of the fetcher's environment decides how a host is reached. Of all that the fetcher exports for sftp(1), ssh gets
-# what its configuration may need, above all a ProxyCommand.
+# Variables of the fetcher which select the way to a host: for HTTP, and for ssh including what a ProxyCommand may use
 HTTP_ENVIRONMENT = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY",
                     "SSL_CERT_FILE", "SSL_CERT_DIR")
 ENVIRONMENT = HTTP_ENVIRONMENT + (
@@ -50,122 +50,134 @@ ENVIRONMENT = HTTP_ENVIRONMENT + (
     "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ROLE_ARN",
     "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN")
 
-# scheme, host (in lower case, but for sftp), port number, user ("" if none)
+# scheme, host (lower case unless sftp), port number, user (may be "")
 Origin = collections.namedtuple("Origin", "scheme host port user")
 
 # proxy is None or (host, port, value of Proxy-Authorization or None)
 Route = collections.namedtuple("Route", "proxy cafile capath verify")
 
-# status is HTTP's, or what is like it. headers have names in lower case. length
-# is what the server announced, None if it did not.
-Response = collections.namedtuple("Response", "status headers length")
+
+class Response(collections.namedtuple("Response", "status headers length")):
+    """status is that of HTTP or its equivalent. headers.get() takes lower case names. length is None if unknown."""
+    __slots__ = ()
+
+    @property
+    def validators(self):
+        """A hash of what distinguishes the file from others of the same size (RFC 9110 8.8)"""
+        return hash((self.headers.get("etag"), self.headers.get("last-modified")))
 
 
 class SSHRoute:
     """
-    How ssh is started: its environment, a tuple of (name, value). PATH, which is another one for each recipe, has to
-    find the same ssh for two to be equal. Then one connection serves both, with the PATH of the one that came first.
+    How ssh is started: its environment, a tuple of (name, value). Two are equal if the ssh found in PATH and all
+    other variables are the same, since each recipe has a PATH of its own.
     """
-    __slots__ = ("environment", "_compared")
+    __slots__ = ("environment", "_compared", "_hash")
 
     def __init__(self, environment):
         self.environment = environment
         others = dict(environment)
         self._compared = os.path.realpath(ssh_program(others.pop("PATH", ""))), tuple(others.items())
+        self._hash = hash(self._compared)
 
     def __eq__(self, other):
         return isinstance(other, SSHRoute) and self._compared == other._compared
 
     def __hash__(self):
-        return hash(self._compared)
+        return self._hash
 
 
 class Request:
     """
-    A HEAD or GET of url on behalf of an environment (see ENVIRONMENT). For sftp
-    HEAD means STAT.
+    A HEAD or GET of url with an environment (see ENVIRONMENT). For sftp HEAD
+    means STAT. Raises ValueError if url cannot be asked for here.
 
-    fd is where the body of a GET goes, from offset 0 on; it stays the caller's
-    and must stay open until done is called. Without it a GET asks for a byte
-    only, for servers that refuse HEAD. size is how many bytes a HEAD has
-    announced before, None if there was none. done(request, response, error) is
-    called once and must not block: from a thread of the pool, or at once from the
-    one that submits. Raises ValueError if url is not one that can be asked for here.
+    fd is the descriptor that receives the body of a GET, from offset 0 on; empty
+    tells that the file is known to be empty. It belongs to the caller and must
+    stay open until the request is answered. A GET without it asks for the first
+    byte only, for servers that refuse HEAD.
+
+    done(request, response, error) is called exactly once, in the thread of the
+    event loop; response or error is None. context is the caller's. Setting
+    cancelled, from any thread, ends the request soon.
     """
-    __slots__ = ("method", "environment", "verify", "authorization", "fd", "size", "done", "cancelled", "attempts",
-                 "refusals", "answers", "first", "redirects", "received", "sent", "url", "origin", "target", "route")
+    __slots__ = ("method", "environment", "verify", "authorization", "fd", "empty", "done", "context", "cancelled", "first",
+                 "received", "sent", "url", "origin", "target", "route", "key", "asked", "size", "validators",
+                 "attempts", "refusals", "answers", "redirects")
 
-    def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, size=None, done=None):
+    def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, empty=False):
         self.method = method
         self.environment = environment
         self.verify = verify
         self.authorization = authorization
         self.fd = fd
-        self.size = size
-        self.done = done
-        self.cancelled = False
-        # The pool's: failures, how often it was refused, how many answers its host had given at the last failure,
-        # when it was last sent, and whether it comes before others
-        self.attempts = 0
-        self.refusals = 0
-        self.answers = 0
-        self.sent = 0
-        self.first = False
-        self.redirects = 0
-        # Bytes of the body so far, for whoever wants to show progress
-        self.received = 0
+        self.empty = empty
+        self.done = self.context = None
+        self.cancelled = self.first = False
+        # Bytes of the body so far, and the time when it was last sent
+        self.received = self.sent = 0
         self._set_url(url)
+        # Requests with the same key have the same answer, whatever redirects do to url
+        self.key = (self.authorization, self.route), self.url
+        self.asked = method
+        # What a HEAD has announced: size in bytes, and what distinguishes this file from others
+        self.size = self.validators = None
+        # The host's: failures, refusals, the host's answers up to the last failure, redirects
+        self.attempts = self.refusals = self.answers = self.redirects = 0
 
     def _set_url(self, url):
+        match = URL.fullmatch(url)
+        if not match or match[1].lower() not in DEFAULT_PORTS:
+            raise ValueError("Not an http, https or sftp URL: %s" % redact(url))
+        scheme, path = match[1].lower(), match[3]
+        if scheme != "sftp" and (not url.isascii() or not url.isprintable() or " " in url):
+            raise ValueError("Invalid character in URL: %s" % redact(url))
         try:
-            parts = urllib.parse.urlsplit(url)
-        except ValueError:
-            # Its message may quote the password
-            raise ValueError("Not a valid URL") from None
-        if parts.scheme not in DEFAULT_PORTS or not parts.netloc:
-            raise ValueError("Not a http, https or sftp URL: %s" % redact(url))
-        if parts.scheme != "sftp" and (not url.isascii() or not url.isprintable() or " " in url):
-            raise ValueError("Character that a URL cannot have in: %s" % redact(url))
-        try:
-            self.origin = _origin(parts.scheme, parts.netloc)
+            self.origin = _origin(scheme, match[2])
         except ValueError as e:
-            # With a slash or the like in it, a password is not where redact() looks for it
-            raise ValueError("%s: %s" % (e, redact(parts.scheme + "://" + url.partition("://")[2].rpartition("@")[2]))) from None
+            # A password with a slash is not where redact() looks for it
+            raise ValueError("%s: %s" % (e, redact(scheme + "://" + url.partition("://")[2].rpartition("@")[2]))) from None
         self.url = url
-        if parts.scheme == "sftp":
-            self._set_path(parts)
+        if scheme == "sftp":
+            self._set_path(path)
             self.route = _ssh_route(tuple((name, self.environment[name]) for name in ENVIRONMENT if name in self.environment))
         else:
-            self.target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-            self.route = route(self.origin, self.environment, self.verify)
+            self.target = (path or "/") + (match[4] or "")
+            self.route = _route(self.origin, tuple(self.environment.items()), self.verify)
 
-    def _set_path(self, parts):
-        """As fetch2/sftp.py: unquoted, and what follows /~/ is in the user's home directory"""
-        path = urllib.parse.unquote(parts.path, errors="surrogateescape")
-        self.target = path[3:] if path.startswith("/~/") else path
+    def _set_path(self, path):
+        """As in fetch2/sftp.py: unquoted; what follows /~/ is relative to the home directory"""
+        path = urllib.parse.unquote(path, errors="surrogateescape")
+        path = path[3:] if path.startswith("/~/") else path
         try:
-            self.target.encode("utf-8", "surrogateescape")
+            self.target = path.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
-            self.target = None
-        if not self.target or "\0" in self.target:
+            self.target = b""
+        if not self.target or b"\0" in self.target:
             raise ValueError("Not a path: %s" % redact(self.url))
 
-    @property
-    def key(self):
-        """Requests with the same key have the same answer"""
-        return self.url, self.authorization, self.route
+    def begin_body(self):
+        """The body begins: remove what is in the file. Raises DestinationError."""
+        if self.received or not self.empty:
+            try:
+                # ext4 flushes a file on close after any truncation, even of an empty file (auto_da_alloc in ext4(5))
+                if os.fstat(self.fd).st_size:
+                    os.ftruncate(self.fd, 0)
+            except OSError as e:
+                raise unwritable(e) from e
+        self.received = 0
 
     def redirect(self, location):
-        """Go on at location. Raises ValueError if that is not possible here."""
+        """Continue at location. Raises ValueError if that is not possible here."""
         before = self.origin
         url = urllib.parse.urljoin(self.url, location.replace(" ", "%20"))
         parts = urllib.parse.urlsplit(url)
         if parts.scheme == "sftp":
-            raise ValueError("a redirect to sftp")
-        # Credentials in a Location are the server's idea, not the user's
+            raise ValueError("redirect to sftp")
+        # Credentials in a Location are the server's, not the user's
         self._set_url(urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
         if before[:3] == self.origin[:3]:
-            # The user counts among what a connection belongs to
+            # The user is part of an origin
             self.origin = before
         else:
             self.authorization = None
@@ -173,7 +185,7 @@ class Request:
 
 
 def redact(url):
-    """url without user, password and query, which may hold a token: for messages"""
+    """url without user, password and query, which may contain a token: for messages"""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError:
@@ -185,26 +197,27 @@ def basic_auth(user, password):
 
 @functools.lru_cache(maxsize=256)
 def _origin(scheme, netloc):
-    """Raises ValueError if netloc is none"""
-    parts = urllib.parse.SplitResult(scheme, netloc, "", "", "")
+    """Raises ValueError if netloc is invalid"""
+    try:
+        parts = urllib.parse.urlsplit(scheme + "://" + netloc)
+    except ValueError:
+        # Its message may quote the password
+        raise ValueError("Not a valid URL") from None
     if not parts.hostname:
-        raise ValueError("Not a http, https or sftp URL")
+        raise ValueError("Not an http, https or sftp URL")
     try:
         port = parts.port or DEFAULT_PORTS[scheme]
     except ValueError:
-        # Its own message would have what stands there, which may be half a password
+        # Its message would quote what may be half a password
         raise ValueError("Invalid port in") from None
-    if scheme == "sftp":
-        return Origin(scheme, ssh_host(netloc), port, urllib.parse.unquote(parts.username or ""))
-    return Origin(scheme, parts.hostname, port, parts.username or "")
-
-def ssh_host(netloc):
-    """The host as it was written, since an alias in ssh's configuration is what it is"""
+    if scheme != "sftp":
+        return Origin(scheme, parts.hostname, port, parts.username or "")
+    # As written: it may be an alias in ssh's configuration
     host = netloc.rpartition("@")[2]
     host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if host.startswith("-"):
         raise ValueError("Not a host name: %s" % host[:80])
-    return host
+    return Origin(scheme, host, port, urllib.parse.unquote(parts.username or ""))
 
 def ssh_program(path):
     """The ssh that is found in path, a value of PATH"""
@@ -214,15 +227,12 @@ def ssh_program(path):
 def _ssh_route(environment):
     return SSHRoute(environment)
 
-def route(origin, environment, verify):
-    """How to reach origin from environment. Raises ValueError for a proxy of another kind than http."""
-    return _route(origin, tuple(sorted(environment.items())), verify)
-
 @functools.lru_cache(maxsize=256)
 def _route(origin, environment, verify):
+    """How to reach origin with environment. Raises ValueError for a proxy of another kind than http."""
     environment = dict(environment)
     proxies = {}
-    # Lower case wins, as for urllib and wget
+    # Lower case takes precedence, as in urllib and wget
     for name in ("http", "https", "no"):
         value = environment.get(name + "_proxy") or environment.get(name.upper() + "_PROXY")
         if value:
@@ -230,40 +240,29 @@ def _route(origin, environment, verify):
 
     proxy = proxies.get(origin.scheme)
     if proxy and not urllib.request.proxy_bypass_environment("%s:%s" % (origin.host, origin.port), proxies):
-        try:
-            parts = urllib.parse.urlsplit(proxy if "://" in proxy else "http://" + proxy)
-            port = parts.port or 80
-        except ValueError:
-            # Its message may quote half of a password
-            raise ValueError("Not a valid URL of a proxy") from None
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError("Not a http proxy: %s" % redact(proxy))
-        auth = None
-        if parts.username:
-            auth = basic_auth(urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or ""))
-        proxy = (parts.hostname, port, auth)
+        proxy = _proxy(proxy)
     else:
         proxy = None
-
     if origin.scheme != "https":
         return Route(proxy, None, None, True)
     return Route(proxy, environment.get("SSL_CERT_FILE"), environment.get("SSL_CERT_DIR"), verify)
 
-def of_whole_file(response):
-    """response to a GET of the first byte as if it were one to a HEAD (RFC 9110 14.4)"""
-    if response.status not in (206, 416):
-        return response
-    size = response.headers.get("content-range", "").rpartition("/")[2]
-    size = int(size) if size.isascii() and size.isdigit() and len(size) <= MAX_DIGITS else None
-    if response.status == 416 and size != 0:
-        return response
-    return Response(200, response.headers, size)
+def _proxy(value):
+    try:
+        parts = urllib.parse.urlsplit(value if "://" in value else "http://" + value)
+        port = parts.port or 80
+    except ValueError:
+        # Its message may quote half of a password
+        raise ValueError("Invalid URL of a proxy") from None
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError("Not an http proxy: %s" % redact(value))
+    auth = None
+    if parts.username:
+        auth = basic_auth(urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or ""))
+    return parts.hostname, port, auth
 
-def discard(fd):
-    """Empty the file fd of what an earlier attempt has left. Raises OSError."""
-    # A file that was truncated, be it empty, ext4 writes to the disk when it is closed (auto_da_alloc in ext4(5))
-    if os.fstat(fd).st_size:
-        os.ftruncate(fd, 0)
+def unwritable(error):
+    return DestinationError("cannot write the file: %s" % error.strerror)
 
 def retry_after(headers):
     """Retry-After (RFC 9110 10.2.3) in seconds, or None"""
@@ -273,12 +272,12 @@ def retry_after(headers):
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (IndexError, TypeError, ValueError, OverflowError):
-        # The first only of older Pythons
+        # IndexError: Python before 3.10
         return None
 
 def last_modified(headers):
     """Last-Modified (RFC 9110 8.8.2) in seconds since the epoch, or None"""
     try:
-        return email.utils.parsedate_to_datetime(headers["last-modified"]).timestamp()
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+        return email.utils.parsedate_to_datetime(headers.get("last-modified")).timestamp()
+    except (IndexError, TypeError, ValueError, OverflowError):
         return None

@@ -5,427 +5,344 @@
 #
 
 """
-The connections of the bitbake server: the pool, and the socket by which
-setscene tasks use it.
+The thread with the event loop that owns all shared connections.
 
-The runqueue makes one Connections object, starts it before it asks which sstate
-objects exist and stops it when it ends, so that no thread and no connection
-exists in between: a memory resident server parses, and forks, without any. The
-presence query runs in this process and uses the pool directly (client.py finds
-it by bb.connections.current()).
+A ConnectionServer lives as long as there is something to be done; in between
+there is no thread and no connection. Other processes use it over its socket.
+The thread which started it has two doors: requests go in as batches, and their
+answers wait in a queue, together with a descriptor that becomes readable. That
+thread calls everything in here except _run() and what that calls.
 
-One thread owns the socket and the peers. The pool's threads hand it their
-answers through a queue and a wake-up pipe. A child that the server forks closes
-all of it at once, and takes none of its locks.
+A forked child closes the descriptors and takes no lock.
 
-    connections = Connections(cooker, d)
-    connections.start()                         # fatal error if a variable is invalid
-    ...
-    connections.stop()
-
-protocol.py says what goes over the socket.
+    server = ConnectionServer(connections=4)
+    server.start()
+    server.submit(requests, answered)
+    while ...:
+        server.wait(1)
+        server.deliver()        # calls answered(request, response, error)
+    server.stop()
 """
 
+import asyncio
 import collections
-import contextlib
 import os
-import secrets
 import selectors
+import select
 import socket
-import stat
-import struct
 import threading
-import time
 
-import bb
-from bb.connections import ADDRESS, Cancelled, ConnectionCacheError, protocol, set_current, settings
-from bb.connections.memory import Memory
-from bb.connections.pool import CLASSES, Pool
-from bb.connections.request import ENVIRONMENT, Request, last_modified
+from bb.connections import Cancelled, ConnectionCacheError, protocol, splice
+from bb.connections.peers import Peers
+from bb.connections.pool import PROTOCOLS, Pool
 
-# select() in server/process.py cannot deal with descriptors from 1024 on, so the
-# server takes only so many. Further peers wait in the backlog, and do without the
-# server if that takes longer than protocol.SILENCE_SECONDS.
-MAX_PEERS = 192
-MAX_DESCRIPTORS = 192
-BACKLOG = 1024
+# Seconds: until stop() gives up, most of which an ssh takes that is logging in, and the longest delay of answers that
+# are not urgent. Nor are they delayed if there are so many.
+STOP_TIMEOUT = 10
+DELAY = 0.05
+ENOUGH = 24
 
-# Characters of an error, so that it fits into a message whatever it quotes
-MAX_TEXT = 1000
+# Servers that run in this process
+_running = set()
+# Of the parent, in a forked child: nothing in there may be finalised, since that would close descriptors again
+_inherited = []
 
-# Messages that wait for a peer to read
-MAX_OUTPUT = 64
 
-def stop():
-    """Stop what runs in this process, for a server that ends in the middle of a build"""
-    if bb.connections._current:
-        bb.connections._current.stop()
+def stop_all():
+    """Stop the servers of this process"""
+    for server in list(_running):
+        server.stop()
 
 def _forked():
-    connections = bb.connections._current
-    set_current(None)
-    if connections:
-        connections.close_descriptors()
+    _inherited.extend(_running)
+    _running.clear()
+    for server in _inherited:
+        server.close_descriptors()
 
 os.register_at_fork(after_in_child=_forked)
 
 
-def serverlog(message):
-    # Importing it earlier would be circular: that imports all of bitbake
-    import bb.server.process
-    bb.server.process.serverlog("Shared connections: " + message)
+class Loop(asyncio.SelectorEventLoop):
+    """Resolves names in threads of their own: those of the default executor would be joined when the process ends"""
+
+    def __init__(self):
+        self.selector = selectors.DefaultSelector()
+        super().__init__(self.selector)
+
+    async def getaddrinfo(self, host, port, *, family=0, type=0, proto=0, flags=0):
+        answer = self.create_future()
+
+        def finish(outcome):
+            if not answer.done():
+                answer.set_result(outcome)
+
+        def resolve():
+            try:
+                outcome = socket.getaddrinfo(host, port, family, type, proto, flags)
+            except (OSError, UnicodeError) as e:
+                outcome = e if isinstance(e, OSError) else OSError("invalid name")
+            try:
+                self.call_soon_threadsafe(finish, outcome)
+            except RuntimeError:
+                # It took too long, the loop is closed
+                pass
+
+        threading.Thread(target=resolve, name="connection lookup", daemon=True).start()
+        outcome = await answer
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
+
+    def descriptors(self):
+        """What a forked child has to close"""
+        return [self.selector.fileno(), self._csock.fileno(), *self.selector.get_map()]
 
 
-def summary(what, done, seconds):
-    return "%s, %.1f MiB in %.1f s, %s requests over %s connections (%s retries, %s refusals)" % (
-        what, done.bytes / 1048576, seconds, done.requests, done.connections, done.retries, done.refusals)
+class ConnectionServer:
+    """
+    connections is the limit for each host, peers how many other processes are
+    served at the same time, timeout how many seconds without any data end a
+    connection, log a function for messages to bitbake's developers.
 
+    address     for other processes, while it runs
+    """
 
-class Peer:
-    """A task at the other end of the socket. Owned by the server's thread."""
-
-    def __init__(self, sock):
-        self.sock = sock
-        self.requests = {}
-        self.output = collections.deque()
-        self.files = 0
-
-
-class Connections:
-    """What a build's runqueue starts and stops. All methods are for its thread, but for stop()."""
-
-    def __init__(self, cooker, d):
-        self.cooker = cooker
-        self.d = d
-        self.settings = None
-        self.pool = None
-        self.memory = None
+    def __init__(self, connections=4, peers=64, timeout=100, log=lambda message: None, protocols=PROTOCOLS):
         self.address = None
-        # Tasks that fetched something over the pool
-        self.objects = 0
-        # Who fetches objects ahead over the pool and has to end with it (prefetch.py), or None
-        self.prefetch = None
-        # Hosts whose trouble the user knows of
-        self.told = set()
-        self._peers = {}
+        self._settings = connections, timeout, protocols
+        self._most_peers = peers
+        self._log = log
+        self._thread = None
+        # [(requests, answered)] to be taken by the loop, and (request, response, error) to be delivered
+        self._incoming = collections.deque()
         self._answers = collections.deque()
-        # Of the requests under way, of peers that have left too. A number is taken out before it is
-        # closed: a child that closed it again might hit what has the number by then.
-        self._files = set()
-        # Somebody else's that children close too
-        self._kept = set()
-        self._stopping = False
+        self._delayed = None
+        # Whether the descriptor is readable
+        self._awake = False
+        self._fault = None
 
-    def start(self, needed=True):
-        """
-        Open the socket, make its address known to the tasks and accept. Does
-        not block. If that is not possible the build goes on without it. Fatal
-        error if a variable is invalid, also if there is nothing to start.
-        """
+    def start(self):
+        """Start the thread, and accept other processes. Raises OSError or RuntimeError if that is not possible."""
+        self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._loop = self._peers = None
         try:
-            self.settings = settings(self.d)
-        except ValueError as e:
-            bb.fatal(str(e))
-        if not needed or not self.settings.enabled or self.pool:
-            return
-        self._started = time.monotonic()
-        self._stopping = False
-        name = "bitbake-" + secrets.token_hex(16)
-        self._max_peers = min(self.settings.threads + 16, MAX_PEERS)
-        try:
-            with contextlib.ExitStack() as opened:
-                self._listener = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
-                self._listener.bind("\0" + name)
-                self._listener.listen(BACKLOG)
-                self._wakeup, self._waker = map(opened.enter_context, socket.socketpair(
-                    socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
-                self._selector = opened.enter_context(selectors.DefaultSelector())
-                self._listening = False
-                self._listen()
-                self._selector.register(self._wakeup, selectors.EVENT_READ, self._woken)
-                self._thread = threading.Thread(target=self._serve, name="connection server")
-                self._thread.start()
-                opened.pop_all()
-        except (OSError, RuntimeError) as e:
-            bb.warn("Fetching without shared connections, their socket and thread cannot be made: %s" % e)
-            return
-        self.pool = Pool(self.settings.connections, self.settings.depth)
-        self.memory = Memory(self.pool)
-        self.address = "%s:%s" % (os.geteuid(), name)
-        self.cooker.extraconfigdata[ADDRESS] = self.address
-        set_current(self)
+            self._loop = Loop()
+            self._loop.set_exception_handler(self._handle)
+            self._pool = Pool(self._loop, *self._settings)
+            self._peers = Peers(self._loop, self._pool.submit, self._settings[2], self._log, self._most_peers)
+            thread = threading.Thread(target=self._run, name="connection server")
+            thread.start()
+        except (OSError, RuntimeError):
+            if self._peers:
+                self._peers.close()
+            if self._loop:
+                self._loop.close()
+            self._close_pipe()
+            raise
+        self._thread = thread
+        self.address = self._peers.address
+        _running.add(self)
 
     def stop(self):
         """
-        Cancel what is under way, close everything and wait for the threads,
-        at most about 20 seconds; a look-up of a name that takes longer goes on.
-        Says what was done. May be called more than once.
+        Fail what has not been answered with Cancelled, close everything and wait for the thread, for STOP_TIMEOUT
+        seconds and what one ssh may take. Returns False if it has not ended. Answers can still be delivered.
         """
-        pool, self.pool, self.memory = self.pool, None, None
-        if not pool:
-            return
-        self.cooker.extraconfigdata.pop(ADDRESS, None)
-        if bb.connections._current is self:
-            set_current(None)
-        if self.prefetch:
-            self.prefetch.stop()
-        left = not pool.stop()
-        self._stopping = True
-        self._wake()
-        self._thread.join(10)
-        if left or self._thread.is_alive():
-            serverlog("a thread does not end")
-        if self.prefetch:
-            self.prefetch.close()
-        self._report(pool)
+        thread, self._thread = self._thread, None
+        if not thread:
+            return True
+        _running.discard(self)
+        self.address = None
+        try:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        except RuntimeError:
+            # It has ended because of a fault
+            pass
+        thread.join(2 * STOP_TIMEOUT)
+        if thread.is_alive():
+            return False
+        self._close_pipe()
+        return True
 
-    def _report(self, pool):
-        for host, trouble in pool.troubles():
-            if host not in self.told:
-                bb.warn("Shared connections to %s were given up for a time: %s" % (host, trouble))
-        seconds = time.monotonic() - self._started
-        for origin, done in pool.hosts():
-            bb.debug(1, "Sstate network, %s://%s: %s" % (origin.scheme, origin.host, summary("%s files" % done.files, done, seconds)))
-        done = pool.statistics
-        objects = self.objects + (self.prefetch.objects if self.prefetch else 0)
-        if done.requests:
-            bb.note("Sstate network: %s" % summary("%s objects" % objects, done, seconds))
-            bb.event.fire(bb.event.SstateNetworkSummary(objects, done.bytes, seconds, done.requests, done.connections,
-                                                        done.retries, done.refusals), self.d)
-
-    def keep_from_children(self, *fds):
-        """Let forked children close fds, which are somebody else's"""
-        self._kept.update(fds)
-
-    def close_kept(self, *fds):
-        """Close what was given to keep_from_children()"""
-        for fd in fds:
-            self._kept.discard(fd)
-            os.close(fd)
+    def _close_pipe(self):
+        wakeup, waker, self._wakeup, self._waker = self._wakeup, self._waker, None, None
+        os.close(wakeup)
+        os.close(waker)
 
     def close_descriptors(self):
-        """In a forked child: close what it shares with the server, touching no lock"""
-        shared = [self._listener, self._wakeup, self._waker, self._selector]
-        if self.pool:
-            shared += self.pool.connections()
-        shared += [peer.sock for peer in list(self._peers.values())]
-        for one in shared:
-            one.close()
-        for fd in list(self._files) + list(self._kept):
-            os.close(fd)
+        """In a forked child"""
+        shared = {self._wakeup, self._waker, *self._loop.descriptors(), *self._peers.descriptors(), *splice.descriptors}
+        for host in list(self._pool.hosts.values()):
+            shared.update(request.fd for request in host.unanswered())
+        for fd in shared:
+            if isinstance(fd, int) and fd >= 0:
+                try:
+                    os.close(fd)
+                except OSError:
+                    # The parent was about to close it
+                    pass
 
-    # In the threads of the pool
+    # The two doors
 
-    def _done(self, peer, number, request, response, error):
-        self._answers.append((peer, number, request, response, error))
-        self._wake()
+    @property
+    def is_running(self):
+        """Whether requests may be answered. If not, they fail."""
+        return self._thread is not None and self._fault is None
+
+    def submit(self, requests, answered, first=False):
+        """
+        Queue requests, if first before all that are not. answered(request, response, error) is called by deliver().
+        Does not block.
+        """
+        for request in requests:
+            request.first = first
+            request.context = answered
+            request.done = self._answered
+        self._incoming.append(requests)
+        self._call(self._take)
+
+    def hurry(self, requests):
+        """Send those of requests that are still queued before others. Does not block."""
+        self._call(self._pool.hurry, requests)
+
+    def _call(self, function, *args):
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            # The loop is closed
+            self._refuse()
+
+    def wake(self):
+        """Let wait() return, and the descriptor become readable. From any thread."""
+        if not self._awake:
+            self._awake = True
+            try:
+                os.write(self._waker, b"x")
+            except (OSError, TypeError):
+                # It is closed, nobody waits
+                pass
+
+    def fileno(self):
+        """A descriptor that is readable if there are answers to deliver"""
+        return self._wakeup
+
+    def wait(self, seconds):
+        """Block until there are answers, wake() is called, or for so many seconds"""
+        if self._wakeup is not None:
+            poll = select.poll()
+            poll.register(self._wakeup, select.POLLIN)
+            poll.poll(seconds * 1000)
+
+    def deliver(self):
+        """Call answered() for each answer that has arrived"""
+        if self._wakeup is not None:
+            try:
+                os.read(self._wakeup, 16)
+            except BlockingIOError:
+                pass
+        # What is appended to the queue from now on wakes this thread again
+        self._awake = False
+        while self._answers:
+            request, response, error = self._answers.popleft()
+            request.context(request, response, error)
+
+    def is_healthy(self, origin, route):
+        """As Pool.is_healthy()"""
+        return self._pool.is_healthy(origin, route)
+
+    def has_answered(self, origin):
+        """Whether a host has given any answer so far"""
+        host = self._pool.hosts.get(origin)
+        return host is not None and host.health.answers > 0
+
+    def statistics(self):
+        """{Origin: Statistics}"""
+        return {host.origin: host.statistics for host in list(self._pool.hosts.values())}
+
+    def troubles(self):
+        """[(name of a host, reason)] of those that have been suspended"""
+        return [(host.origin.host, host.health.trouble) for host in list(self._pool.hosts.values()) if host.health.trouble]
+
+    def busy_seconds(self):
+        """As Pool.busy_seconds()"""
+        return self._pool.busy_seconds()
+
+    def peers_served(self):
+        """How many other processes have got a file"""
+        return self._peers.served
+
+    # In the thread
+
+    def _run(self):
+        try:
+            self._peers.listen()
+            self._tick()
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._end())
+        except Exception as e:
+            self._log("ends because of %r" % e)
+            self._fault = self._fault or e
+        finally:
+            self._loop.close()
+            self._refuse()
+
+    def _tick(self):
+        """For ever, until the main thread has ended: the process must not stay if that has died of an exception"""
+        self._peers.send_progress()
+        if threading.main_thread().is_alive():
+            self._loop.call_later(protocol.PROGRESS_SECONDS, self._tick)
+        else:
+            self._loop.stop()
+
+    def _handle(self, loop, context):
+        """Of asyncio. An exception in here is a fault of ours: others go on without this thread."""
+        error = context.get("exception")
+        if error and not isinstance(error, (OSError, ConnectionCacheError)):
+            self._log("%s: %r" % (context["message"], error))
+            self._fault = self._fault or error
+            loop.stop()
+
+    async def _end(self):
+        self._peers.close_listener()
+        self._pool.stop()
+        deadline = self._loop.time() + STOP_TIMEOUT
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        while others and self._loop.time() < deadline:
+            await asyncio.wait(others, timeout=deadline - self._loop.time())
+            # One that is cancelled while it connects leaves another one, which waits for its ssh
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+        # Transports are closed by callbacks
+        await asyncio.sleep(0)
+        self._peers.close()
+
+    def _take(self):
+        try:
+            requests = self._incoming.popleft()
+        except IndexError:
+            return
+        self._pool.submit(requests)
+
+    def _refuse(self):
+        """The loop does not run any more. Also called by other threads."""
+        while self._incoming:
+            try:
+                requests = self._incoming.popleft()
+            except IndexError:
+                return
+            error = ConnectionCacheError("internal error: %r" % self._fault) if self._fault else Cancelled("the build has ended")
+            self._answers.extend((request, None, error) for request in requests)
+            self.wake()
+
+    def _answered(self, request, response, error):
+        """Of Request"""
+        self._answers.append((request, response, error))
+        if request.first or len(self._answers) >= ENOUGH:
+            self._wake()
+        elif not self._delayed:
+            self._delayed = self._loop.call_later(DELAY, self._wake)
 
     def _wake(self):
-        try:
-            self._waker.send(b"x")
-        except OSError:
-            # Full: it is awake. Closed: it has ended.
-            pass
-
-    # In the server's thread
-
-    def _serve(self):
-        try:
-            due = time.monotonic() + protocol.PROGRESS_SECONDS
-            # The main thread is gone if the server died of an exception: do not keep its process
-            while not self._stopping and threading.main_thread().is_alive():
-                for key, mask in self._selector.select(max(due - time.monotonic(), 0)):
-                    key.data(key.fileobj, mask)
-                if time.monotonic() >= due:
-                    due = time.monotonic() + protocol.PROGRESS_SECONDS
-                    self._send_progress()
-                    self._listen()
-        except Exception as e:
-            serverlog("end because of %r" % e)
-        finally:
-            # If that is not the end of the build, all goes on without
-            pool, self.memory = self.pool, None
-            if pool:
-                pool.stop()
-            for peer in list(self._peers.values()):
-                self._leave(peer)
-            self._collect()
-            for sock in (self._listener, self._wakeup, self._waker, self._selector):
-                sock.close()
-
-    def _accept(self, listener, mask):
-        try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as e:
-            # No more descriptors, for example: it is tried again later
-            serverlog("cannot accept: %s" % e)
-            self._selector.unregister(listener)
-            self._listening = False
-            return
-        sock.setblocking(False)
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if struct.unpack("3i", credentials)[1] != os.geteuid():
-            sock.close()
-            return
-        peer = self._peers[sock] = Peer(sock)
-        self._selector.register(sock, selectors.EVENT_READ, self._ready)
-        self._send(peer, {"hello": protocol.VERSION, "schemes": sorted(CLASSES)})
-        self._listen()
-
-    def _listen(self):
-        """Look at the backlog only while there is room for another peer"""
-        room = len(self._peers) < self._max_peers
-        if room and not self._listening:
-            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        elif self._listening and not room:
-            self._selector.unregister(self._listener)
-        self._listening = room
-
-    def _leave(self, peer):
-        """Forget peer; its requests end without an answer"""
-        if self._peers.pop(peer.sock, None) is None:
-            return
-        self._selector.unregister(peer.sock)
-        peer.sock.close()
-        self.objects += bool(peer.files)
-        for request in peer.requests.values():
-            request.cancelled = True
-        self._listen()
-
-    def _ready(self, sock, mask):
-        peer = self._peers.get(sock)
-        if peer is None:
-            # It has left since select()
-            return
-        if mask & selectors.EVENT_WRITE:
-            self._flush(peer)
-        if not mask & selectors.EVENT_READ or sock not in self._peers:
-            return
-        try:
-            message, fd = protocol.receive(sock)
-        except BlockingIOError:
-            return
-        except ValueError as e:
-            self._reject(peer, e)
-            return
-        except OSError:
-            self._leave(peer)
-            return
-        if message is None:
-            self._leave(peer)
-            return
-        self._request(peer, message, fd)
-
-    def _reject(self, peer, error):
-        serverlog("a peer does not follow the protocol: %s" % error)
-        self._send(peer, {"id": None, "error": "protocol", "message": str(error)[:MAX_TEXT]})
-        self._leave(peer)
-
-    def _request(self, peer, message, fd):
-        """Check message and hand it to the pool. Takes fd."""
-        number = message.get("id")
-        if fd is not None:
-            self._files.add(fd)
-        try:
-            if not isinstance(number, int) or number in peer.requests:
-                raise ValueError("id is not a number, or in use")
-            if len(peer.requests) >= protocol.MAX_REQUESTS:
-                raise ValueError("more than %s requests at once" % protocol.MAX_REQUESTS)
-            method, url = message.get("method"), message.get("url")
-            environment = message.get("environment", {})
-            verify, authorization = message.get("verify", True), message.get("authorization")
-            if method not in ("HEAD", "GET") or (method == "GET") != (fd is not None):
-                raise ValueError("not a HEAD, or not a GET with a descriptor")
-            if fd is not None and not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ValueError("the descriptor is not of a regular file")
-            if not isinstance(url, str) or not isinstance(verify, bool) or not isinstance(environment, dict):
-                raise ValueError("a member has the wrong type")
-            if any(not isinstance(v, str) for v in environment.values()):
-                raise ValueError("a member of environment is not a string")
-            if authorization is not None and not (isinstance(authorization, str) and authorization.isascii()
-                                                  and authorization.isprintable()):
-                raise ValueError("authorization is not a header's value")
-        except ValueError as e:
-            self._close(fd)
-            self._reject(peer, e)
-            return
-        try:
-            if len(self._files) > MAX_DESCRIPTORS:
-                raise ValueError("too many files at once")
-            environment = {name: environment[name] for name in ENVIRONMENT if name in environment}
-            request = Request(method, url, environment, verify, authorization, fd,
-                              done=lambda *args: self._done(peer, number, *args))
-        except ValueError as e:
-            self._close(fd)
-            self._send(peer, {"id": number, "error": "url", "message": str(e)[:MAX_TEXT]})
-            return
-        peer.requests[number] = request
-        self._submit(request)
-
-    def _submit(self, request):
-        memory = self.memory
-        if memory:
-            # What is fetched ahead can wait
-            memory.submit(request, first=True)
-        else:
-            request.done(request, None, Cancelled("the build has ended"))
-
-    def _close(self, fd):
-        if fd is not None:
-            self._files.discard(fd)
-            os.close(fd)
-
-    def _woken(self, wakeup, mask):
-        try:
-            wakeup.recv(4096)
-        except BlockingIOError:
-            pass
-        self._collect()
-
-    def _collect(self):
-        """Pass on what the pool has answered"""
-        while self._answers:
-            peer, number, request, response, error = self._answers.popleft()
-            self._close(request.fd)
-            if peer.requests.pop(number, None) is None or peer.sock not in self._peers:
-                continue
-            if error:
-                kind = error.kind if isinstance(error, ConnectionCacheError) else "error"
-                message = {"id": number, "error": kind, "message": str(error)[:MAX_TEXT]}
-            else:
-                message = {"id": number, "status": response.status}
-                if response.status == 200:
-                    message.update(size=response.length, modified=last_modified(response.headers))
-                    peer.files += request.method == "GET"
-            self._send(peer, message)
-
-    def _send_progress(self):
-        for peer in list(self._peers.values()):
-            # A peer that does not read gets no more of it
-            if not peer.output:
-                for number, request in list(peer.requests.items()):
-                    self._send(peer, {"id": number, "progress": request.received})
-
-    def _send(self, peer, message):
-        peer.output.append(protocol.encode(message))
-        if len(peer.output) > MAX_OUTPUT:
-            # It asks and does not read
-            self._leave(peer)
-        else:
-            self._flush(peer)
-
-    def _flush(self, peer):
-        try:
-            while peer.output:
-                protocol.send(peer.sock, peer.output[0])
-                peer.output.popleft()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._leave(peer)
-            return
-        if peer.sock in self._peers:
-            mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.output else 0)
-            self._selector.modify(peer.sock, mask, self._ready)
+        if self._delayed:
+            self._delayed.cancel()
+            self._delayed = None
+        self.wake()

@@ -6,45 +6,51 @@
 # SPDX-License-Identifier: GPL-2.0-only
 #
 
-import contextlib
+import errno
 import http.server
 import os
 import shutil
 import socket
 import tempfile
 import threading
+import time
 import types
 import unittest
 import unittest.mock
-import urllib.parse
 
 import bb
 import bb.data
 import bb.fetch2
-from bb.connections import ConnectError, ProtocolError, RefusedError, settings
-from bb.connections.http import HTTPConnection
+from bb.connections import Cancelled, ConnectionCacheError, ProtocolError
 from bb.connections.request import Request
-from bb.connections import host, pool
-from bb.connections import memory
-from bb.connections import protocol, server
-from bb.connections import client
+from bb.connections.server import ConnectionServer
+from bb.connections import protocol
+from bb.connections.client import Client, ServerError
+from bb.networksettings import settings
+from bb.sharedconnections import SharedConnections
+from bb.fetch2 import shared
+
+# Limits a test that fails
+SECONDS = 30
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/<n> is a file of n bytes, /status/<n> an answer, /to/<url> a redirect"""
+    """
+    /<n> is a file of n bytes, /status/<n> an answer with that status. While the server has answers (bytes), these are
+    sent instead, and the connection is closed after each.
+    """
     protocol_version = "HTTP/1.1"
-    timeout = 30
+    timeout = SECONDS
 
     def do_HEAD(self):
         self.server.requests.append((self.command, self.path, dict(self.headers)))
-        if self.path.startswith("/to/"):
-            self.send_response(302)
-            # fetch2 quotes the colons, and makes one slash of two
-            scheme, _, rest = urllib.parse.unquote(self.path[len("/to/"):]).partition(":")
-            self.send_header("Location", "%s://%s" % (scheme, rest.lstrip("/")))
-            body = b""
-        elif self.path.startswith("/status/"):
-            status = self.server.statuses.pop() if self.server.statuses else int(self.path[len("/status/"):])
-            self.send_response(status)
+        self.server.gate.wait(SECONDS)
+        if self.server.answers:
+            self.wfile.write(self.server.answers.pop(0))
+            self.close_connection = True
+            return
+        if self.path.startswith("/status/"):
+            self.send_response(int(self.path[len("/status/"):]))
             body = b"no"
         else:
             self.send_response(200)
@@ -61,15 +67,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """A HTTP/1.1 server that counts"""
+    """An HTTP/1.1 server that counts. It answers while gate is set."""
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self):
+    def __init__(self, answers):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.answers = answers
         self.requests = []
-        self.statuses = []
         self.connections = 0
+        self.gate = threading.Event()
+        self.gate.set()
         self.url = "http://127.0.0.1:%s" % self.server_port
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
         self.thread.start()
@@ -79,9 +87,13 @@ class Mirror(http.server.ThreadingHTTPServer):
         super().process_request(request, address)
 
     def stop(self):
+        self.gate.set()
         self.shutdown()
         self.thread.join()
         self.server_close()
+
+def answer(head, body=b""):
+    return b"HTTP/1.1 %s\r\n\r\n%s" % (head.replace("; ", "\r\n").encode(), body)
 
 def content(size):
     return (b"sstate object %d " % size * (size // 14 + 1))[:size]
@@ -90,558 +102,386 @@ def own_threads():
     """Names of the threads of what is tested here"""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("connection ")]
 
-class Peer:
-    """A server that answers each connection with bytes from a list, then closes it"""
-    def __init__(self, *answers):
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = "http://127.0.0.1:%s" % self.listener.getsockname()[1]
-        self.thread = threading.Thread(target=self.serve, args=(answers,))
-        self.thread.start()
-
-    def serve(self, answers):
-        for answer in answers:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            with sock:
-                sock.settimeout(30)
-                with contextlib.suppress(OSError):
-                    while b"\r\n\r\n" not in sock.recv(65536):
-                        pass
-                    sock.sendall(answer)
-
-    def stop(self):
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        self.thread.join()
-
 
 class ConnectionsTest(unittest.TestCase):
+    """Sends requests to a ConnectionServer, and delivers the answers in this thread"""
+
     def setUp(self):
         self.d = bb.data.init()
         self.tempdir = tempfile.mkdtemp(prefix="bitbake-connections-")
         self.addCleanup(shutil.rmtree, self.tempdir)
+        self.outcomes = {}
 
-    def mirror(self):
-        mirror = Mirror()
+    def mirror(self, *answers):
+        mirror = Mirror(list(answers))
         self.addCleanup(mirror.stop)
         return mirror
 
-    def peer(self, *answers):
-        peer = Peer(*answers)
-        self.addCleanup(peer.stop)
-        return peer
+    def start_server(self, **options):
+        self.messages = messages = []
+        self.server = server = ConnectionServer(log=messages.append, **options)
+        server.start()
+        # An exception, for example
+        self.addCleanup(self.assertEqual, messages, [])
+        self.addCleanup(lambda: self.assertTrue(server.stop()))
 
-    def open(self):
-        fd = os.open(os.path.join(self.tempdir, "file"), os.O_RDWR | os.O_CREAT)
+    def open(self, name="file"):
+        fd = os.open(os.path.join(self.tempdir, name), os.O_RDWR | os.O_CREAT)
         self.addCleanup(os.close, fd)
         return fd
 
+    def request(self, method, url, environment={}, **members):
+        if method == "GET":
+            members.setdefault("fd", self.open())
+        return Request(method, url, environment, **members)
+
+    def answered(self, request, response, error):
+        self.assertNotIn(request, self.outcomes)
+        self.outcomes[request] = error or (response.status, response.length)
+
+    def until(self, condition):
+        """Deliver answers until condition() is true"""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            self.assertLess(time.monotonic(), deadline)
+            self.server.wait(0.05)
+            self.server.deliver()
+
+    def wait(self, requests):
+        """Returns status and size, or an error, for each of the requests"""
+        self.until(lambda: self.outcomes.keys() >= set(requests))
+        return [self.outcomes[request] for request in requests]
+
+    def ask(self, *requests):
+        """Submit requests at once"""
+        self.server.submit(requests, self.answered)
+        return self.wait(requests)
+
+    def heads(self, url, numbers):
+        return self.ask(*[self.request("HEAD", "%s/%s" % (url, n)) for n in numbers])
+
     def read(self, fd):
-        return os.pread(fd, 1 << 24, 0)
+        return os.pread(fd, 1 << 26, 0)
 
-
-class SettingsTest(ConnectionsTest):
-    def test_defaults(self):
-        self.assertEqual(settings(self.d), (True, 4, 64, 1, ["mirror"], 64))
-
-    def test_values(self):
-        self.d.setVar("BB_CONNECTION_CACHE", "0")
-        self.d.setVar("BB_CONNECTION_CACHE_MAX", "8")
-        self.d.setVar("BB_CONNECTION_CACHE_DEPTH", "16")
-        self.assertEqual(settings(self.d), (False, 8, 16, 1, ["mirror"], 64))
-
-    def test_invalid(self):
-        for name, value in (("BB_CONNECTION_CACHE", "yes"), ("BB_CONNECTION_CACHE_MAX", "0"),
-                            ("BB_CONNECTION_CACHE_MAX", "-1"), ("BB_CONNECTION_CACHE_DEPTH", "four"),
-                            ("BB_CONNECTION_CACHE_DEPTH", "1025"), ("BB_SETSCENE_PRESENCE", "hashserv")):
-            with self.subTest(name=name, value=value):
-                d = self.d.createCopy()
-                d.setVar(name, value)
-                with self.assertRaisesRegex(ValueError, '^Invalid %s = "%s", allowed .*$' % (name, value)):
-                    settings(d)
+    def count(self, name):
+        return sum(getattr(host, name) for host in self.server.statistics().values())
 
 
 class HTTPTest(ConnectionsTest):
-    def connect(self, url, environment={}):
-        request = Request("HEAD", url, environment)
-        connection = HTTPConnection(request.origin, request.route, timeout=10)
-        self.addCleanup(connection.close)
-        connection.connect()
-        return connection
-
-    def exchange(self, connection, request):
-        connection.send([request])
-        (answered, response, _), = connection.receive()
-        self.assertIs(answered, request)
-        return response
+    def setUp(self):
+        super().setUp()
+        self.start_server()
 
     def test_requests_share_a_connection(self):
         mirror = self.mirror()
-        connection = self.connect(mirror.url)
         fd = self.open()
         for size in (3000000, 0, 5000):
-            self.assertEqual(self.exchange(connection, Request("HEAD", mirror.url + "/%s" % size, {})).length, size)
-            self.assertEqual(self.exchange(connection, Request("GET", mirror.url + "/%s" % size, {}, fd=fd)).length, size)
+            for method in ("HEAD", "GET"):
+                request = self.request(method, mirror.url + "/%s" % size, fd=fd if method == "GET" else None)
+                self.assertEqual(self.ask(request), [(200, size)])
             self.assertEqual(self.read(fd), content(size))
-            self.assertTrue(connection.reusable)
-        self.assertEqual(self.exchange(connection, Request("GET", mirror.url + "/status/404", {}, fd=fd)).status, 404)
-        self.assertTrue(connection.reusable)
-        self.assertEqual(mirror.connections, 1)
-
-    def test_a_new_file_is_not_truncated(self):
-        mirror = self.mirror()
-        with unittest.mock.patch("os.ftruncate") as truncate:
-            self.exchange(self.connect(mirror.url), Request("GET", mirror.url + "/5", {}, fd=self.open()))
-        truncate.assert_not_called()
-
-    def test_chunked(self):
-        peer = self.peer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-                         b"5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nTrailer: 1\r\n\r\n")
-        fd = self.open()
-        connection = self.connect(peer.url)
-        self.assertEqual(self.exchange(connection, Request("GET", peer.url, {}, fd=fd)).length, 11)
-        self.assertEqual(self.read(fd), b"hello world")
-        self.assertTrue(connection.reusable)
+        self.assertEqual(self.ask(self.request("GET", mirror.url + "/status/404"))[0][0], 404)
+        self.assertEqual((mirror.connections, len(mirror.requests)), (1, 7))
 
     def test_faults(self):
-        for answer in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello",
-                       b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-                       b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhello",
-                       b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
-                       b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n",
-                       b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 20000):
-            with self.subTest(answer=answer[:70]):
-                peer = self.peer(answer)
-                connection = self.connect(peer.url)
-                with self.assertRaises(ProtocolError):
-                    self.exchange(connection, Request("GET", peer.url, {}, fd=self.open()))
-                self.assertFalse(connection.reusable)
+        mirror = self.mirror()
+        for fault in (answer("200 OK; Content-Length: 10", b"hello"), answer("200 OK; Content-Length: -5", b"hello"),
+                      answer("200 OK; Content-Length: 5; Content-Length: 6", b"hello"),
+                      answer("200 OK; Transfer-Encoding: chunked", b"5\r\nhello\r\n"),
+                      answer("200 OK; Transfer-Encoding: chunked", b"-5\r\nhello\r\n"),
+                      b"SSH-2.0-OpenSSH\r\n\r\n", answer("200 OK; X: " + "y" * 100000)):
+            with self.subTest(fault=fault[:70]):
+                request = self.request("GET", mirror.url + "/5")
+                mirror.answers = [fault] * 3
+                self.assertEqual(self.ask(request), [(200, 5)])
+                self.assertEqual(self.read(request.fd), content(5))
+                mirror.answers = [fault] * 4
+                self.assertIs(type(self.ask(self.request("GET", mirror.url + "/5"))[0]), ProtocolError)
+                self.assertEqual(mirror.answers, [])
 
-    def test_proxy(self):
-        proxy = self.mirror()
-        url = "http://mirror.example/5"
-        environment = {"http_proxy": proxy.url.replace("//", "//user:word@"), "no_proxy": "other.example"}
-        connection = self.connect(url, environment)
-        self.assertEqual(self.exchange(connection, Request("HEAD", url, environment)).length, 5)
-        command, target, headers = proxy.requests[0]
-        self.assertEqual(target, url)
-        self.assertEqual(headers["Host"], "mirror.example")
-        self.assertEqual(headers["Proxy-Authorization"], "Basic dXNlcjp3b3Jk")
-        self.assertIsNone(Request("HEAD", "http://other.example/", environment).route.proxy)
+    def test_refused_is_not_missing(self):
+        mirror = self.mirror(answer("503 Busy; Content-Length: 0"))
+        self.assertEqual(self.heads(mirror.url, [5]), [(200, 5)])
+        self.assertEqual((self.count("refusals"), self.count("retries")), (1, 1))
+
+    def redirect(self, method, *targets):
+        mirror = self.mirror(*[answer("302 Found; Content-Length: 0; Location: " + target) for target in targets])
+        return mirror, self.ask(self.request(method, mirror.url + "/5", authorization="Basic eA=="))[0]
+
+    def test_redirects(self):
+        other = self.mirror()
+        mirror, outcome = self.redirect("GET", "/6", other.url.replace("//", "//user:word@") + "/7")
+        self.assertEqual(outcome, (200, 7))
+        self.assertEqual(["Authorization" in headers for _, _, headers in mirror.requests + other.requests], [True, True, False])
+        for targets in (["/5"] * 11, ["file:///etc/passwd"]):
+            _, error = self.redirect("HEAD", *targets)
+            self.assertEqual(error.status, 302)
 
 
 class PoolTest(ConnectionsTest):
-    DEPTH = 1
-
-    def setUp(self):
-        super().setUp()
-        for name, value in (("PAUSE", 0.01), ("MAX_PAUSE", 0.05), ("BREAKER_AFTER", 0), ("BREAKER_PAUSE", 0.05)):
-            patch = unittest.mock.patch.object(host, name, value)
-            patch.start()
-            self.addCleanup(patch.stop)
-        self.pool = pool.Pool(4, self.DEPTH, timeout=10)
-        self.addCleanup(self.pool.stop)
-
-    def ask(self, *requests):
-        """Submit all (method, url, fd) at once; returns [(response, error)] in the same order"""
-        outcomes = [None] * len(requests)
-        answered = threading.Semaphore(0)
-        for i, (method, url, fd) in enumerate(requests):
-            def done(request, response, error, i=i):
-                self.assertIsNone(outcomes[i])
-                outcomes[i] = (response, error)
-                answered.release()
-            self.pool.submit(Request(method, url, {}, authorization="Basic eA==", fd=fd, done=done))
-        for request in requests:
-            self.assertTrue(answered.acquire(timeout=30))
-        return outcomes
+    """What is asked, in which order and over how many connections"""
 
     def test_connections_are_limited(self):
+        self.start_server()
         mirror = self.mirror()
-        outcomes = self.ask(*[("HEAD", mirror.url + "/%s" % n, None) for n in range(200)])
-        self.assertEqual([response.length for response, _ in outcomes], list(range(200)))
+        self.assertEqual(self.heads(mirror.url, range(1000)), [(200, n) for n in range(1000)])
         self.assertLessEqual(mirror.connections, 4)
-        self.assertEqual(self.pool.statistics.connections, mirror.connections)
-        self.assertEqual(self.pool.statistics.requests, 200)
-
-    def test_half_a_body_is_fetched_again(self):
-        peer = self.peer(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"x" * 50,
-                         b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
-        fd = self.open()
-        self.assertEqual(self.ask(("GET", peer.url, fd))[0][0].length, 5)
-        self.assertEqual(self.read(fd), b"hello")
-        self.assertEqual(self.pool.statistics.retries, 1)
-
-    def test_a_body_that_stays_short_is_an_error(self):
-        peer = self.peer(*[b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"x" * 50] * host.ATTEMPTS)
-        self.assertIsInstance(self.ask(("GET", peer.url, self.open()))[0][1], ProtocolError)
-
-    def test_refused_is_not_missing(self):
-        mirror = self.mirror()
-        mirror.statuses = [200, 200, 503, 429]
-        outcomes = self.ask(*[("HEAD", mirror.url + "/status/200", None)] * 2)
-        self.assertEqual([response.status for response, _ in outcomes], [200, 200])
-        self.assertEqual(self.pool.statistics.refusals, 2)
-
-    def test_who_refuses_for_ever_is_an_error(self):
-        mirror = self.mirror()
-        self.assertIsInstance(self.ask(("HEAD", mirror.url + "/status/503", None))[0][1], RefusedError)
-        self.assertEqual(len(mirror.requests), host.ATTEMPTS)
-
-    def test_redirects_keep_credentials_at_their_origin(self):
-        mirror, other = self.mirror(), self.mirror()
-        mirror_to = mirror.url + "/to/" + mirror.url + "/7"
-        other_to = mirror.url + "/to/" + other.url.replace("//", "//user:word@") + "/8"
-        outcomes = self.ask(("HEAD", mirror_to, None), ("HEAD", other_to, None))
-        self.assertEqual([response.length for response, _ in outcomes], [7, 8])
-        self.assertTrue(all("Authorization" in headers for _, _, headers in mirror.requests))
-        self.assertNotIn("Authorization", other.requests[0][2])
-
-    def test_redirect_without_end_and_to_elsewhere(self):
-        mirror = self.mirror()
-        loop = self.peer(*[b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n"] * 20)
-        for url in (loop.url, mirror.url + "/to/file:///etc/passwd"):
-            (response, error), = self.ask(("HEAD", url, None))
-            self.assertIsNone(response)
-            self.assertEqual(error.status, 302)
-
-    def test_a_dead_host_is_left_alone(self):
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        self.addCleanup(listener.close)
-        url = "http://127.0.0.1:%s/" % listener.getsockname()[1]
-        with unittest.mock.patch.object(host, "BREAKER_PAUSE", 60):
-            for _, error in self.ask(*[("HEAD", url, None)] * 20):
-                self.assertIsInstance(error, ConnectError)
-            with unittest.mock.patch.object(HTTPConnection, "connect") as connect:
-                self.assertIsInstance(self.ask(("HEAD", url, None))[0][1], ConnectError)
-            connect.assert_not_called()
-        self.assertEqual([host for host, _ in self.pool.troubles()], ["127.0.0.1"])
-
-    def test_a_host_that_is_back_is_used_again(self):
-        mirror = self.mirror()
-        mirror.statuses = [503] * 2
-        with unittest.mock.patch.object(host, "BREAKER_REFUSALS", 2):
-            self.assertIsInstance(self.ask(("HEAD", mirror.url + "/status/200", None))[0][1], RefusedError)
-        self.assertEqual([host for host, _ in self.pool.troubles()], ["127.0.0.1"])
-        pause = threading.Event()
-        for _ in range(100):
-            response, _ = self.ask(("HEAD", mirror.url + "/status/200", None))[0]
-            if response:
-                break
-            pause.wait(0.05)
-        self.assertEqual(response.status, 200)
-
-    def test_stop_ends_what_waits(self):
-        peer = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(peer.close)
-        url = "http://127.0.0.1:%s/" % peer.getsockname()[1]
-        errors = []
-        for n in range(10):
-            self.pool.submit(Request("HEAD", url, {}, done=lambda request, response, error: errors.append(error)))
-        with peer.accept()[0] as sock:
-            sock.recv(4096)
-            self.assertTrue(self.pool.stop())
-        self.assertEqual(len(errors), 10)
-        self.assertNotIn(None, errors)
-        self.assertEqual(own_threads(), [])
-
-
-class HurryTest(ConnectionsTest):
-    def test_what_is_awaited_comes_first(self):
-        one = pool.Pool(1)
-        self.addCleanup(one.stop)
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(listener.close)
-        url = "http://127.0.0.1:%s/" % listener.getsockname()[1]
-        answered = threading.Semaphore(0)
-        requests = [Request("HEAD", url + str(n), {}, done=lambda *args: answered.release()) for n in range(6)]
-        one.submit(*requests)
-        asked = []
-        with listener.accept()[0] as sock, sock.makefile("rb") as stream:
-            for n in range(6):
-                asked.append(int(stream.readline().split()[1][1:]))
-                while stream.readline() != b"\r\n":
-                    pass
-                if n == 0:
-                    # The first has been sent already
-                    one.hurry(requests[4], requests[0], requests[2])
-                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
-            for _ in requests:
-                self.assertTrue(answered.acquire(timeout=30))
-        self.assertEqual(asked, [0, 4, 2, 1, 3, 5])
-
-    def test_who_is_awaited_longer_comes_first(self):
-        """What is first stays in its order, before all others"""
-        requests = [Request("HEAD", "http://127.0.0.1/%s" % n, {}) for n in range(6)]
-        queue = host.Host(pool.Pool(1), requests[0].origin)
-        with unittest.mock.patch.object(queue, "_grow", return_value=None), unittest.mock.patch.object(queue, "_threads", {1}):
-            queue.submit(requests[:2])
-            requests[2].first = requests[3].first = requests[4].first = True
-            queue.submit(requests[2:3])
-            queue.submit(requests[3:5])
-            queue.hurry(requests[1:2])
-            queue.submit(requests[5:])
-        self.assertEqual([request.target for request in queue._queue], ["/2", "/3", "/4", "/1", "/0", "/5"])
-
-
-class PipeliningTest(PoolTest):
-    """What the pool does must not depend on how many requests are under way"""
-    DEPTH = 16
-
-    def heads(self, mirror, number):
-        """Sizes that the mirror has told, in the order of the requests"""
-        answered = threading.Semaphore(0)
-        sizes = [None] * number
-        requests = []
-        for i in range(number):
-            def done(request, response, error, i=i):
-                sizes[i] = response.length
-                answered.release()
-            requests.append(Request("HEAD", mirror.url + "/%s" % i, {}, done=done))
-        self.pool.submit(*requests)
-        for _ in requests:
-            self.assertTrue(answered.acquire(timeout=30))
-        return sizes
-
-    def test_connections_are_limited(self):
-        mirror = self.mirror()
-        self.assertEqual(self.heads(mirror, 1000), list(range(1000)))
-        self.assertLessEqual(mirror.connections, 4)
-        # One is asked for twice, to find out whether this works
+        # One is asked for twice, to find out whether pipelining works
         self.assertEqual(len(mirror.requests), 1001)
+        self.assertEqual(self.count("connections"), mirror.connections)
+        self.assertEqual(self.count("requests"), 1001)
 
-    def test_a_server_that_closes_behind_each_answer(self):
-        answers = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % i for i in range(20)]
-        self.pool.limit = 1
-        self.assertEqual(self.heads(self.peer(*answers), 20), list(range(20)))
-
-
-class CountingMemory(memory.Memory):
-    """With what the tests of the pool need of that"""
-    statistics = property(lambda self: self._pool.statistics)
-
-    def stop(self):
-        return self._pool.stop()
-
-    def troubles(self):
-        return self._pool.troubles()
-
-
-class MemoryTest(PoolTest):
-    def setUp(self):
-        super().setUp()
-        self.pool = CountingMemory(self.pool)
+    def test_server_that_closes_after_each_answer(self):
+        self.start_server(connections=1)
+        answers = [answer("200 OK; Connection: close; Content-Length: %s" % n) for n in range(20)]
+        self.assertEqual(self.heads(self.mirror(*answers).url, range(20)), [(200, n) for n in range(20)])
+        self.assertEqual(self.count("retries"), 0)
 
     def test_nothing_is_asked_twice(self):
+        self.start_server()
         mirror = self.mirror()
-        wanted = [("HEAD", mirror.url + path, None) for path in ("/5", "/status/404", "/5", "/6")]
         for _ in range(2):
-            outcomes = self.ask(*wanted)
-            self.assertEqual([(r.status, r.length) for r, _ in outcomes if r.status == 200], [(200, 5), (200, 5), (200, 6)])
-            self.assertEqual(outcomes[1][0].status, 404)
-        self.assertEqual(sorted(path for _, path, _ in mirror.requests), ["/5", "/6", "/status/404"])
+            outcomes = self.heads(mirror.url, ("5", "status/404", "5", "6"))
+            self.assertEqual(outcomes[::2] + outcomes[3:], [(200, 5), (200, 5), (200, 6)])
+            self.assertEqual(outcomes[1][0], 404)
+        self.ask(self.request("GET", mirror.url + "/7"))
+        self.heads(mirror.url, [7])
+        self.assertEqual(sorted((command, path) for command, path, _ in mirror.requests),
+                         [("GET", "/7"), ("HEAD", "/5"), ("HEAD", "/6"), ("HEAD", "/status/404")])
 
-    def test_a_download_is_an_answer(self):
+    def test_order(self):
+        self.start_server(connections=1)
         mirror = self.mirror()
-        self.ask(("GET", mirror.url + "/5", self.open()))
-        self.ask(("HEAD", mirror.url + "/5", None))
-        self.assertEqual([command for command, _, _ in mirror.requests], ["GET"])
-
-    def test_who_waits_for_the_answer_to_a_cancelled_request(self):
-        mirror = self.mirror()
-        answered = threading.Event()
-        first = Request("HEAD", mirror.url + "/5", {}, done=lambda *args: None)
-        first.cancelled = True
-        second = Request("HEAD", mirror.url + "/5", {}, done=lambda *args: answered.set())
-        with unittest.mock.patch.object(self.pool._pool, "submit") as submit:
-            self.pool.submit(first)
-            self.pool.submit(second)
-            submit.assert_called_once()
-        self.pool._pool.submit(first)
-        self.assertTrue(answered.wait(30))
-        self.assertEqual(len(mirror.requests), 1)
-
-    # The same request again and again, which is what is not done here
-    test_who_refuses_for_ever_is_an_error = None
+        mirror.gate.clear()
+        requests = [self.request("HEAD", mirror.url + "/%s" % n) for n in range(8)]
+        self.server.submit(requests[:6], self.answered)
+        self.server.submit(requests[6:], self.answered, first=True)
+        self.until(lambda: mirror.requests)
+        self.server.hurry([requests[4], requests[2]])
+        mirror.gate.set()
+        self.wait(requests)
+        # Without what is sent twice, to find out whether pipelining works. The first one may have been sent before.
+        order = list(dict.fromkeys(path for _, path, _ in mirror.requests))
+        order.remove("/0")
+        self.assertEqual(order, ["/6", "/7", "/4", "/2", "/1", "/3", "/5"])
 
 
 class ServerTest(ConnectionsTest):
+    """The socket"""
+
     def setUp(self):
         super().setUp()
-        self.cooker = types.SimpleNamespace(extraconfigdata={})
-        self.connections = server.Connections(self.cooker, self.d)
-        self.connections.start()
-        self.addCleanup(self.connections.stop)
+        self.start_server()
 
     def connect(self):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.addCleanup(sock.close)
-        sock.settimeout(30)
-        sock.connect("\0" + self.cooker.extraconfigdata[bb.connections.ADDRESS].partition(":")[2])
+        sock.settimeout(SECONDS)
+        sock.connect("\0" + self.server.address.partition(":")[2])
         self.assertEqual(protocol.receive(sock)[0]["hello"], protocol.VERSION)
         return sock
 
-    def ask(self, sock, message, fd=None):
+    def exchange(self, sock, message, fd=None):
         protocol.send(sock, protocol.encode(message), fd)
         return protocol.receive(sock)[0]
 
-    def test_head_and_get(self):
-        mirror = self.mirror()
-        sock = self.connect()
-        self.assertEqual(self.ask(sock, {"id": 1, "method": "HEAD", "url": mirror.url + "/6", "news": 1}),
-                         {"id": 1, "status": 200, "size": 6, "modified": 1420070400})
-        fd = self.open()
-        self.assertEqual(self.ask(sock, {"id": 2, "method": "GET", "url": mirror.url + "/700000"}, fd)["size"], 700000)
-        self.assertEqual(self.read(fd), content(700000))
-        self.assertEqual(self.ask(sock, {"id": 3, "method": "GET", "url": mirror.url + "/status/404"}, fd),
-                         {"id": 3, "status": 404})
-
-    def test_what_is_not_protocol_ends_the_connection(self):
+    def test_violations_of_the_protocol(self):
         message = {"id": 1, "method": "HEAD", "url": "http://127.0.0.1:1/"}
-        read, write = os.pipe()
-        self.addCleanup(os.close, read)
-        self.addCleanup(os.close, write)
+        pipe = os.pipe()
+        for fd in pipe:
+            self.addCleanup(os.close, fd)
         for data, fd in ((b"hello", None), (b"[]", None), (b"x" * (protocol.MAX_MESSAGE + 1), None),
                          (protocol.encode(dict(message, id="x")), None),
                          (protocol.encode(dict(message, method="PUT")), None),
                          (protocol.encode(dict(message, environment=[])), None),
                          (protocol.encode(dict(message, authorization="a\r\nb")), None),
                          (protocol.encode(dict(message, method="GET")), None),
-                         (protocol.encode(dict(message, method="GET")), write)):
+                         (protocol.encode(dict(message, method="GET")), pipe[1])):
             with self.subTest(data=data[:80]):
                 sock = self.connect()
                 protocol.send(sock, data, fd)
                 self.assertEqual(protocol.receive(sock)[0]["error"], "protocol")
                 self.assertIsNone(protocol.receive(sock)[0])
+                self.assertIn("protocol error from a peer: ", self.messages.pop())
 
-    def test_a_url_that_is_none_of_ours(self):
-        sock = self.connect()
-        for url in ("file:///etc/passwd", "http://", "http://host/a b", "http://host:port/"):
-            with self.subTest(url=url):
-                self.assertEqual(self.ask(sock, {"id": 1, "method": "HEAD", "url": url})["error"], "url")
+    def test_disk_that_is_full_on_close(self):
+        """That is how NFS reports it. It concerns this file only."""
+        mirror = self.mirror()
+        full, good = self.open("full"), self.open("good")
+        close = os.close
 
-    def test_stop_closes_everything(self):
+        def close_and_fail(fd):
+            path = os.readlink("/proc/self/fd/%s" % fd)
+            close(fd)
+            if path.endswith("/full"):
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        one, other = self.connect(), self.connect()
+        with unittest.mock.patch("os.close", close_and_fail):
+            answer = self.exchange(one, {"id": 1, "method": "GET", "url": mirror.url + "/5"}, full)
+            self.assertEqual(answer, {"id": 1, "error": "destination",
+                                      "message": "cannot write the file: " + os.strerror(errno.EDQUOT)})
+            for sock in (one, other):
+                self.assertEqual(self.exchange(sock, {"id": 2, "method": "GET", "url": mirror.url + "/6"}, good)["size"], 6)
+
+    def test_stop(self):
+        mirror = self.mirror()
+        mirror.gate.clear()
         sock = self.connect()
+        protocol.send(sock, protocol.encode({"id": 1, "method": "HEAD", "url": mirror.url + "/5"}))
+        self.until(lambda: mirror.requests)
+        requests = [self.request("HEAD", mirror.url + "/%s" % n) for n in range(10)]
+        self.server.submit(requests, self.answered)
         self.assertEqual(own_threads(), ["connection server"])
-        self.connections.stop()
+        self.assertTrue(self.server.stop())
+        self.assertEqual([type(outcome) for outcome in self.wait(requests)], [Cancelled] * 10)
+        self.assertEqual(protocol.receive(sock)[0]["error"], "cancelled")
         self.assertIsNone(protocol.receive(sock)[0])
-        self.assertEqual(own_threads(), [])
-        self.assertIsNone(bb.connections.current())
-        self.assertEqual(self.cooker.extraconfigdata, {})
+        self.assertEqual((self.server.address, own_threads()), (None, []))
+        self.assertIsInstance(self.heads(mirror.url, [11])[0], Cancelled)
 
-    def test_a_forked_child_has_none_of_it(self):
-        sockets = {os.readlink("/proc/self/fd/%s" % fd) for fd in
-                   (self.connections._listener.fileno(), self.connections._wakeup.fileno())}
+    def test_forked_child(self):
+        """It has no descriptor of the server's, and does not disturb it"""
+        def descriptors():
+            names = os.listdir("/proc/self/fd")
+            return {os.readlink("/proc/self/fd/" + name) for name in names if os.path.lexists("/proc/self/fd/" + name)}
+
+        self.assertTrue(self.server.stop())
+        mirror = self.mirror()
+        before = descriptors()
+        self.start_server()
+        sock = self.connect()
+        self.exchange(sock, {"id": 1, "method": "HEAD", "url": mirror.url + "/5"})
         pid = os.fork()
         if pid == 0:
-            left = set()
-            for fd in os.listdir("/proc/self/fd"):
-                with contextlib.suppress(OSError):
-                    left.add(os.readlink("/proc/self/fd/" + fd))
-            os._exit(1 if left & sockets or bb.connections.current() else 0)
+            # The mirror's socket, the test's, and the folder that is listed
+            left = descriptors() - before - {os.readlink("/proc/self/fd/%s" % sock.fileno())}
+            os._exit(0 if len([link for link in left if not link.startswith("/")]) == 1 else 1)
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
-        self.assertIsNotNone(bb.connections.current())
-
-    def test_off(self):
-        self.connections.stop()
-        self.d.setVar("BB_CONNECTION_CACHE", "0")
-        connections = server.Connections(self.cooker, self.d)
-        connections.start()
-        self.assertIsNone(bb.connections.current())
-        self.assertEqual(self.cooker.extraconfigdata, {})
+        self.assertEqual(self.exchange(sock, {"id": 2, "method": "HEAD", "url": mirror.url + "/6"})["size"], 6)
+        self.assertEqual(mirror.connections, 1)
 
 
-class TaskTest(ConnectionsTest):
-    """A server, and what makes a datastore look like a setscene task's"""
+class ClientTest(ConnectionsTest):
+    def setUp(self):
+        super().setUp()
+        self.start_server()
+        self.client = Client(self.server.address)
+        self.addCleanup(self.client.close)
 
+    def test_answers(self):
+        url = self.mirror().url
+        self.assertEqual(self.client.ask({"method": "HEAD", "url": url + "/6"}), (200, 6, 1420070400))
+        fd = self.open()
+        self.assertEqual(self.client.ask({"method": "GET", "url": url + "/300000"}, fd), (200, 300000, 1420070400))
+        self.assertEqual(self.read(fd), content(300000))
+        self.assertEqual(self.client.ask({"method": "HEAD", "url": url + "/status/404"}), (404, None, None))
+
+    def test_errors_of_one_request(self):
+        mirror = self.mirror()
+        for url in ("ftp://mirror/x", "http://", "http://mirror/a b", "http://mirror:port/x",
+                    "http://mirror/" + "x" * protocol.MAX_MESSAGE):
+            with self.subTest(url=url[:40]), self.assertRaises((ConnectionCacheError, ValueError)) as raised:
+                self.client.ask({"method": "HEAD", "url": url})
+            self.assertNotIsInstance(raised.exception, ServerError)
+        self.assertEqual(self.client.ask({"method": "HEAD", "url": mirror.url + "/6"}).status, 200)
+
+    def test_server_has_gone(self):
+        message = {"method": "HEAD", "url": self.mirror().url + "/6"}
+        self.client.ask(message)
+        self.server.stop()
+        for client in (self.client, self.client, Client("%s:bitbake-none" % os.geteuid()), Client("nonsense")):
+            with self.assertRaises(ServerError):
+                client.ask(message)
+
+    def test_server_of_another_user(self):
+        client = Client("%s:%s" % (os.geteuid() + 1, self.server.address.partition(":")[2]))
+        with self.assertRaises(ServerError):
+            client.ask({"method": "HEAD", "url": self.mirror().url + "/6"})
+
+
+class SettingsTest(ConnectionsTest):
+    def test_valid(self):
+        self.assertEqual(settings(self.d), (True, 4, 1, ["mirror"], 64))
+        for name, value in (("BB_CONNECTION_CACHE", "0"), ("BB_CONNECTION_CACHE_MAX", "8"), ("BB_NUMBER_THREADS", "3"),
+                            ("BB_SETSCENE_PRESENCE", "hashserv  mirror"), ("BB_SETSCENE_PREFETCH", "0")):
+            self.d.setVar(name, value)
+        self.assertEqual(settings(self.d), (False, 8, 3, ["hashserv", "mirror"], 0))
+
+    def test_invalid(self):
+        for name, value in (("BB_CONNECTION_CACHE", "yes?"), ("BB_CONNECTION_CACHE_MAX", "0"),
+                            ("BB_CONNECTION_CACHE_MAX", "-1"), ("BB_CONNECTION_CACHE_MAX", "65"),
+                            ("BB_SETSCENE_PREFETCH", "four"), ("BB_SETSCENE_PRESENCE", "hashserv")):
+            with self.subTest(name=name, value=value):
+                d = self.d.createCopy()
+                d.setVar(name, value)
+                with self.assertRaises(ValueError) as raised:
+                    settings(d)
+                self.assertTrue(str(raised.exception).startswith('Invalid value "%s" for %s, must be ' % (value, name)))
+
+
+class SharedConnectionsTest(ConnectionsTest):
     def setUp(self):
         super().setUp()
         self.cooker = types.SimpleNamespace(extraconfigdata={})
-        self.connections = server.Connections(self.cooker, self.d)
-        self.connections.start()
+        self.connections = SharedConnections(self.cooker, self.d)
         self.addCleanup(self.connections.stop)
-        self.addCleanup(setattr, client, "_client", None)
-        self.d.setVar("DL_DIR", self.tempdir)
-        self.d.setVar("BB_WORKERCONTEXT", "1")
-        self.d.setVar("BB_CURRENTTASK", "populate_sysroot_setscene")
-        self.d.setVar(bb.connections.ADDRESS, self.cooker.extraconfigdata[server.ADDRESS])
-        # As in a task: no pool in this process
-        patch = unittest.mock.patch.object(bb.connections, "current", return_value=None)
-        patch.start()
-        self.addCleanup(patch.stop)
 
-
-class ClientTest(TaskTest):
-    def urldata(self, url):
-        return bb.fetch2.Fetch([url], self.d, cache=False).ud[url]
-
-    def test_checkstatus(self):
-        mirror = self.mirror()
-        self.assertIs(client.checkstatus(self.urldata(mirror.url + "/5"), self.d), True)
-        self.assertIs(client.checkstatus(self.urldata(mirror.url + "/status/404"), self.d), False)
-        self.assertFalse(client.checkstatus(self.urldata(mirror.url + "/status/403"), self.d))
-        self.assertEqual(mirror.connections, 1)
-
-    def test_download(self):
-        mirror = self.mirror()
-        target = os.path.join(self.tempdir, "object")
-        path = client.download(self.urldata(mirror.url + "/300000"), self.d, target)
-        with open(path, "rb") as f:
-            self.assertEqual(f.read(), content(300000))
-        self.assertEqual(os.stat(path).st_mtime, 1420070400)
-        self.assertFalse(os.path.exists(target))
-
-    def test_download_of_nothing(self):
-        mirror = self.mirror()
-        with self.assertRaises(bb.fetch2.FetchError):
-            client.download(self.urldata(mirror.url + "/status/404"), self.d, os.path.join(self.tempdir, "object"))
-        self.assertEqual(os.listdir(self.tempdir), [])
-
-    def test_not_for_this(self):
-        mirror = self.mirror()
-        for name, value in (("BB_CURRENTTASK", "fetch"), ("BB_CONNECTION_CACHE", "0"), (bb.connections.ADDRESS, None),
-                            ("FETCHCMD_wget", "wget --tries=5")):
-            with self.subTest(name=name):
-                d = self.d.createCopy()
-                d.setVar(name, value)
-                self.assertIsNone(client.checkstatus(self.urldata(mirror.url + "/5"), d))
-        self.assertEqual(mirror.requests, [])
-
-    def test_without_the_server_once_is_enough(self):
-        mirror = self.mirror()
+    def test_address(self):
+        self.connections.start()
+        self.assertEqual(self.cooker.extraconfigdata, {shared.ADDRESS: self.connections.server.address})
+        self.assertEqual(self.d.getVar(shared.ADDRESS), self.connections.server.address)
         self.connections.stop()
-        with unittest.mock.patch.object(bb, "warnonce") as warn:
-            for _ in range(2):
-                self.assertIsNone(client.checkstatus(self.urldata(mirror.url + "/5"), self.d))
-                self.assertIsNone(client.download(self.urldata(mirror.url + "/5"), self.d, os.path.join(self.tempdir, "object")))
-        warn.assert_called_once()
-        self.assertEqual(os.listdir(self.tempdir), [])
+        self.assertEqual((self.cooker.extraconfigdata, self.d.getVar(shared.ADDRESS)), ({}, None))
+        self.assertEqual(own_threads(), [])
 
-    def test_a_silent_server_is_gone(self):
+    def test_off(self):
+        self.d.setVar("BB_CONNECTION_CACHE", "0")
+        self.connections.start()
+        self.assertIsNone(self.connections.server)
+        self.assertEqual((self.cooker.extraconfigdata, own_threads()), ({}, []))
+
+    def test_invalid(self):
+        self.d.setVar("BB_CONNECTION_CACHE_MAX", "many")
+        with self.assertLogs("BitBake", "CRITICAL") as logs, self.assertRaises(bb.BBHandledException):
+            self.connections.start()
+        self.assertIn("BB_CONNECTION_CACHE_MAX", logs.output[0])
+
+    def test_report(self):
         mirror = self.mirror()
-        with unittest.mock.patch.object(protocol, "SILENCE_SECONDS", 0.2), \
-             unittest.mock.patch.object(self.connections, "_submit"), unittest.mock.patch.object(bb, "warnonce") as warn:
-            self.assertIsNone(client.checkstatus(self.urldata(mirror.url + "/5"), self.d))
-        warn.assert_called_once()
+        self.connections.start()
+        self.server = self.connections.server
+        self.heads(mirror.url, [5, "status/404"])
+        with unittest.mock.patch.object(bb, "note") as note:
+            self.connections.stop()
+        note.assert_called_once()
+        self.assertRegex(note.call_args[0][0], r"^Sstate network: 0 objects, 0\.0 MiB in [0-9.]+ s, 2 requests over "
+                                               r"[12] connections \(0 retries, 0 refusals\)$")
 
 
-class WgetTest(TaskTest):
+class FetchTest(ConnectionsTest):
+    """The fetchers, with the datastore of a setscene task, and a function in place of wget"""
+
     def setUp(self):
         super().setUp()
+        self.start_server()
+        self.d.setVar("DL_DIR", os.path.join(self.tempdir, "downloads"))
+        self.d.setVar("BB_WORKERCONTEXT", "1")
+        self.d.setVar("BB_CURRENTTASK", "populate_sysroot_setscene")
+        self.d.setVar(shared.ADDRESS, self.server.address)
         patch = unittest.mock.patch("bb.fetch2.wget.runfetchcmd", side_effect=self.runfetchcmd)
         self.wget = patch.start()
         self.addCleanup(patch.stop)
 
     def runfetchcmd(self, command, d, quiet, **kwargs):
-        """In place of wget: what --output-document has when it starts decides what it continues"""
+        """In place of wget, which would continue what is there"""
         path, = [arg.partition("=")[2] for arg in command if arg.startswith("--output-document=")]
-        self.assertEqual(os.listdir(self.tempdir), ["5.lock"])
+        self.assertEqual(self.left(), ["5.lock"])
         with open(path, "wb") as f:
             f.write(content(5))
+
+    def left(self):
+        return sorted(os.listdir(self.d.getVar("DL_DIR")))
 
     def fetch(self, url):
         fetcher = bb.fetch2.Fetch([url], self.d, cache=False)
@@ -649,19 +489,55 @@ class WgetTest(TaskTest):
         with open(fetcher.localpath(url), "rb") as f:
             return f.read()
 
-    def test_download_over_shared_connections(self):
+    def found(self, url, d=None):
+        return shared.checkstatus(bb.fetch2.Fetch([url], self.d, cache=False).ud[url], d or self.d)
+
+    def test_checkstatus(self):
         mirror = self.mirror()
-        with open(os.path.join(self.tempdir, "70000.tmp"), "wb") as f:
+        self.assertIs(self.found(mirror.url + "/5"), True)
+        self.assertIs(self.found(mirror.url + "/status/404"), False)
+        self.assertIs(self.found(mirror.url + "/status/400"), None)
+        self.assertEqual(mirror.connections, 1)
+
+    def test_not_used(self):
+        mirror = self.mirror()
+        for name, value in (("BB_CURRENTTASK", "fetch"), ("BB_CONNECTION_CACHE", "0"), (shared.ADDRESS, None),
+                            ("FETCHCMD_wget", "wget --tries=5")):
+            with self.subTest(name=name):
+                d = self.d.createCopy()
+                d.setVar(name, value)
+                self.assertIsNone(self.found(mirror.url + "/5", d))
+        self.assertEqual(mirror.requests, [])
+
+    def test_download(self):
+        mirror = self.mirror()
+        os.mkdir(self.d.getVar("DL_DIR"))
+        with open(os.path.join(self.d.getVar("DL_DIR"), "70000.tmp"), "wb") as f:
             f.write(b"\0" * 70000)
         self.assertEqual(self.fetch(mirror.url + "/70000"), content(70000))
         self.wget.assert_not_called()
-        self.assertEqual(sorted(os.listdir(self.tempdir)), ["70000", "70000.done"])
+        self.assertEqual(self.left(), ["70000", "70000.done"])
+        self.assertEqual(os.stat(os.path.join(self.d.getVar("DL_DIR"), "70000")).st_mtime, 1420070400)
+
+    def test_download_of_an_absent_file(self):
+        with self.assertRaises(bb.fetch2.FetchError):
+            self.fetch(self.mirror().url + "/status/404")
+        self.wget.assert_not_called()
+        self.assertEqual(self.left(), [])
 
     def test_half_a_file_is_not_continued(self):
-        peer = self.peer(*[b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"x" * 50] * host.ATTEMPTS)
-        self.assertEqual(self.fetch(peer.url + "/5"), content(5))
+        mirror = self.mirror(*[answer("200 OK; Content-Length: 100", b"x" * 50)] * 4)
+        self.assertEqual(self.fetch(mirror.url + "/5"), content(5))
         self.wget.assert_called_once()
-        self.assertEqual(sorted(os.listdir(self.tempdir)), ["5", "5.done"])
+        self.assertEqual(self.left(), ["5", "5.done"])
+
+    def test_server_has_gone(self):
+        mirror = self.mirror()
+        self.server.stop()
+        with unittest.mock.patch.object(bb, "warnonce") as warn:
+            self.assertEqual(self.fetch(mirror.url + "/5"), content(5))
+        self.wget.assert_called_once()
+        warn.assert_called_once_with("Cannot use the BitBake server's shared connections, fetching directly instead")
 
     def test_no_network(self):
         mirror = self.mirror()
@@ -669,14 +545,3 @@ class WgetTest(TaskTest):
         with self.assertRaises(bb.fetch2.NetworkAccess):
             self.fetch(mirror.url + "/5")
         self.assertEqual(mirror.requests, [])
-
-    def test_the_query_in_the_server(self):
-        mirror = self.mirror()
-        self.d.delVar("BB_WORKERCONTEXT")
-        with unittest.mock.patch.object(bb.connections, "current", return_value=self.connections.pool):
-            for n in range(50):
-                fetcher = bb.fetch2.Fetch([mirror.url + "/%s" % n], self.d, cache=False)
-                fetcher.checkstatus()
-            with self.assertRaises(bb.fetch2.FetchError):
-                bb.fetch2.Fetch([mirror.url + "/status/404"], self.d, cache=False).checkstatus()
-        self.assertEqual((mirror.connections, len(mirror.requests)), (1, 51))

@@ -8,7 +8,6 @@
 
 import os
 import random
-import select
 import shutil
 import stat
 import tempfile
@@ -41,42 +40,51 @@ class Files:
 
 
 class Connections:
-    """The pool: what was asked is in the list asked, answer() answers the oldest, or the one of a name"""
+    """
+    SharedConnections and their server: what was submitted is in the list asked, answer() answers the oldest, or the
+    one of a name
+    """
 
     def __init__(self, window):
         self.settings = types.SimpleNamespace(prefetch=window)
-        self.memory = self
+        self.server = self
+        self.is_running = True
         self.healthy = True
         self.gone = set()
-        self.open = set()
         self.asked = []
+        self.answers = []
+        self.awake = False
 
-    def submit(self, *requests, first=False):
-        self.asked = list(requests) + self.asked if first else self.asked + list(requests)
+    def submit(self, requests, answered, first=False):
+        for request in requests:
+            request.context = answered
+        self.asked = requests + self.asked if first else self.asked + requests
 
-    def hurry(self, *requests):
+    def hurry(self, requests):
         self.asked.sort(key=lambda request: request not in requests)
 
-    def give_way(self):
-        pass
-
-    def well(self, origin, route):
+    def is_healthy(self, origin, route):
         return self.healthy and origin not in self.gone
 
-    def keep_from_children(self, *fds):
-        self.open.update(fds)
+    def wake(self):
+        self.awake = True
 
-    def close_kept(self, *fds):
-        for fd in fds:
-            self.open.remove(fd)
-            os.close(fd)
+    def fileno(self):
+        return 0
+
+    def deliver(self):
+        self.awake = False
+        answers, self.answers = self.answers, []
+        for request, response, error in answers:
+            request.context(request, response, error)
 
     def answer(self, request=None, status=200, body=b"hello", error=None):
         request = request or self.asked[0]
         self.asked.remove(request)
         if status == 200 and not error:
             os.pwrite(request.fd, body, 0)
-        request.done(request, None if error else Response(status, {}, len(body)), error)
+        self.answers.append((request, None if error else Response(status, {}, len(body)), error))
+        self.wake()
 
     def tids(self):
         """Of what was asked, in its order"""
@@ -188,9 +196,15 @@ class PrefetchTest(unittest.TestCase):
         self.prefetch.stop()
         while self.connections.asked:
             self.connections.answer(error=ConnectError("the end"))
+        self.connections.deliver()
         self.prefetch.close()
-        self.assertEqual(self.connections.open, set())
+        self.assertEqual(self.open_files(), [])
         self.assertEqual([name for name in self.names() if name.endswith(".new")], [])
+
+    def open_files(self):
+        """Descriptors of this process that are those of files in our folder"""
+        paths = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
+        return [path for path in paths if os.path.islink(path) and os.readlink(path).startswith(self.tempdir)]
 
     def names(self):
         return sorted(os.path.relpath(os.path.join(where, name), self.tempdir)
@@ -212,7 +226,7 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual(self.connections.tids(), ["c"])
 
     def test_room_for_many(self):
-        """One by one would wake the connections' threads up for each, but they do not wait long for others"""
+        """What nobody waits for is asked for in groups, but does not wait long for others"""
         self.make({"t%02d" % n: set() for n in range(40)}, window=24)
         patch = unittest.mock.patch.object(prefetch, "FILL_EACH", 1000)
         patch.start()
@@ -238,48 +252,26 @@ class PrefetchTest(unittest.TestCase):
             self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["t24", "t25", "t26", "t27"])
 
-    def woken(self):
-        return bool(select.select(self.prefetch.fds(), [], [], 0)[0])
-
-    def answer(self, *names):
-        """Returns whether the runqueue is woken up"""
-        for name in names:
-            self.connections.answer(next(request for request in self.connections.asked if request.url.endswith(name)))
-        return self.woken()
-
-    def test_wakes_the_runqueue(self):
-        """At once if a task waits for what has landed, else when there is something to do for it"""
-        self.make({tid: set() for tid in "abcdefg"}, window=7)
-        self.prefetch.awaits("a")
-        self.prefetch.process()
-        self.assertFalse(self.answer("b-0", "b-0.siginfo", "a-0"))
-        self.assertTrue(self.answer("a-0.siginfo"))
-        self.prefetch.process()
-        self.assertEqual(self.local, ["b", "a"])
-        self.assertFalse(self.answer("c-0"))
-        self.prefetch.awaits("c")
-        # Its other answer may just have come
-        self.assertTrue(self.woken())
-        self.prefetch.process()
-        self.assertTrue(self.answer("c-0.siginfo"))
-        self.prefetch.process()
-        self.assertFalse(self.answer("d-0", "d-0.siginfo", "e-0", "e-0.siginfo", "f-0", "f-0.siginfo", "g-0"))
-        # The last one
-        self.prefetch.process()
-        self.assertTrue(self.answer("g-0.siginfo"))
-
     def test_wakes_the_runqueue_for_many(self):
+        """Not all answers are taken in one turn"""
         self.make({tid: set() for tid in "abcdefg"}, window=7)
         self.prefetch.process()
-        self.assertFalse(self.answer("a-0", "a-0.siginfo", "b-0", "b-0.siginfo", "c-0", "c-0.siginfo", "d-0"))
-        self.assertTrue(self.answer("d-0.siginfo"))
-        self.answer("e-0", "e-0.siginfo", "f-0", "f-0.siginfo", "g-0", "g-0.siginfo")
+        while self.connections.asked:
+            self.connections.answer()
         self.prefetch.process()
-        # Not all were taken
-        self.assertTrue(self.woken())
+        self.assertTrue(self.connections.awake)
         self.prefetch.process()
-        self.assertFalse(self.woken())
+        self.assertFalse(self.connections.awake)
         self.assertEqual(len(self.local), 7)
+
+    def test_wakes_the_runqueue_for_what_a_task_waits_for(self):
+        self.make({tid: set() for tid in "abcdefg"}, window=7)
+        self.assertTrue(self.prefetch.awaits("g"))
+        self.assertTrue(self.connections.awake)
+        self.prefetch.process()
+        self.assertFalse(self.connections.awake)
+        self.assertTrue(self.prefetch.awaits("b"))
+        self.assertTrue(self.connections.awake)
 
     def test_wakes_the_runqueue_for_room(self):
         self.make({tid: set() for tid in "abcdefghij"}, window=10)
@@ -288,8 +280,8 @@ class PrefetchTest(unittest.TestCase):
             self.prefetch.awaits("j")
             self.prefetch.process()
             self.assertNotIn("j", self.connections.tids())
-            self.assertTrue(self.answer("a-0"))
-            self.answer("a-0.siginfo")
+            self.connections.answer()
+            self.connections.answer()
             self.prefetch.process()
             self.assertEqual(self.connections.tids()[0], "j")
 
@@ -371,7 +363,7 @@ class PrefetchTest(unittest.TestCase):
         self.make(self.chain)
         self.prefetch.process()
         self.assertTrue(self.prefetch.awaits("a"))
-        self.connections.memory = None
+        self.connections.server = None
         self.prefetch.process()
         self.assertFalse(self.prefetch.awaits("a"))
 
@@ -406,12 +398,12 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual(self.connections.tids(), ["b", "d", "e", "a"])
 
     def test_descriptors(self):
-        """Those of requests that were given up are open until the pool has looked at them"""
+        """Those of requests that were given up are open until they are answered"""
         self.make({"t%s" % n: set() for n in range(100)}, window=100)
         for number in range(20):
             self.prefetch.process()
             self.files.update({tid: Files(self.tempdir, tid, number + 1) for tid in self.files})
-        self.assertLessEqual(len(self.connections.open), prefetch.MAX_OPEN + 3)
+        self.assertLessEqual(len(self.open_files()), prefetch.MAX_OPEN + 3)
 
     def test_what_is_there(self):
         self.make({"a": set(), "b": set()})
@@ -648,7 +640,7 @@ class PrefetchTest(unittest.TestCase):
         event = True
         for step in range(2000):
             # The runqueue has its turn after it has started something, when a task has ended, or when it is woken up
-            turn = event or self.woken()
+            turn = event or self.connections.awake
             ready = []
             if turn:
                 self.prefetch.process()
@@ -665,7 +657,7 @@ class PrefetchTest(unittest.TestCase):
             choices = ready + [("answer", request) for request in connections.asked[:3]] + [("end", tid) for tid in running]
             event = bool(ready)
             if not choices:
-                if self.woken():
+                if self.connections.awake:
                     continue
                 # Nobody would ever start these
                 self.assertEqual(buildable, [])

@@ -7,7 +7,6 @@
 #
 
 import os
-import socket
 import types
 import unittest.mock
 
@@ -15,23 +14,17 @@ import bb
 import bb.event
 import bb.fetch2
 import bb.parse
-from bb.connections import host, settings
-from bb.connections.memory import Memory
-from bb.connections.pool import Pool
+from bb.connections.server import ConnectionServer
+from bb.networksettings import settings
 from bb.presence import Files, Presence, own_settings
 from bb.presencequery import Locations
-from bb.tests.connections import ConnectionsTest
+from bb.tests.connections import ConnectionsTest, answer
 
 
 class PresenceTest(ConnectionsTest):
     def setUp(self):
         super().setUp()
-        for name, value in (("PAUSE", 0.01), ("MAX_PAUSE", 0.05), ("BREAKER_AFTER", 0), ("BREAKER_PAUSE", 60)):
-            patch = unittest.mock.patch.object(host, name, value)
-            patch.start()
-            self.addCleanup(patch.stop)
-        self.pool = Pool(2, 16, timeout=10)
-        self.addCleanup(self.pool.stop)
+        self.server = self.serve()
         self.sstatedir = os.path.join(self.tempdir, "sstate")
         for name in ("DL_DIR", "FILESPATH"):
             self.d.setVar(name, self.sstatedir)
@@ -41,10 +34,16 @@ class PresenceTest(ConnectionsTest):
         self.hashes = {}
         self.presence = self.make()
 
+    def serve(self, **kwargs):
+        server = ConnectionServer(2, timeout=10, **kwargs)
+        server.start()
+        self.addCleanup(server.stop)
+        return server
+
     def make(self):
         entries = types.SimpleNamespace(runtaskentries=self.hashes)
-        connections = types.SimpleNamespace(memory=Memory(self.pool), told=set(), settings=settings(self.d))
-        return Presence(entries, connections)
+        self.connections = types.SimpleNamespace(server=self.server, reported=set(), settings=settings(self.d))
+        return Presence(entries, self.connections)
 
     def mirrors(self, *lines):
         self.d.setVar("PREMIRRORS", " ".join(lines))
@@ -203,7 +202,7 @@ class FilesTest(PresenceTest):
             self.files(0).describe("a.tar.zst")
 
 
-class QueryTest(PresenceTest):
+class OneMirrorTest(PresenceTest):
     def setUp(self):
         super().setUp()
         self.requested = self.mirror()
@@ -212,12 +211,14 @@ class QueryTest(PresenceTest):
         self.warning = patch.start()
         self.addCleanup(patch.stop)
 
+
+class QueryTest(OneMirrorTest):
     def test_many_over_few_connections(self):
         names = ["ab/%s" % n for n in range(5000)] + ["status/404"]
         self.assertEqual(self.query(names), {name: n for n, name in enumerate(names[:-1])})
         self.assertLessEqual(self.requested.connections, 2)
-        # One is asked twice to find out whether requests can be pipelined
-        self.assertEqual(len(self.requested.requests), 5002)
+        # Some are asked for twice to find out whether requests can be pipelined
+        self.assertLess(len(self.requested.requests), 5020)
         self.warning.assert_not_called()
 
     def test_nothing_is_asked_twice(self):
@@ -233,7 +234,7 @@ class QueryTest(PresenceTest):
         self.assertEqual(len(self.requested.requests), 1)
 
     def test_without_connections(self):
-        self.presence._connections.memory = None
+        self.connections.server = None
         self.assertIsNone(self.query(["ab/5"]))
 
     def test_refused_is_not_missing(self):
@@ -241,8 +242,6 @@ class QueryTest(PresenceTest):
         self.assertEqual(found, {"ab/5": 5, "status/503": None})
         self.warning.assert_called_once()
         self.assertRegex(self.warning.call_args[0][0], "^Sstate mirror 127.0.0.1 did not answer for 1 of 3 objects, their tasks will try: ")
-        self.query(["again/status/503"])
-        self.warning.assert_called_once()
 
     def test_nobody_there(self):
         self.requested.stop()
@@ -253,40 +252,24 @@ class QueryTest(PresenceTest):
 
     def test_nobody_there_any_more(self):
         """What has answered in this build may do so again"""
-        peer = self.peer(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n")
-        self.mirrors("file://.* %s/PATH" % peer.url)
+        mirror = self.mirror(answer("200 OK; Content-Length: 5; Connection: close"))
+        self.mirrors("file://.* %s/PATH" % mirror.url)
         self.assertEqual(self.query(["ab/5"]), {"ab/5": 5})
-        peer.stop()
+        mirror.stop()
         self.assertEqual(self.query(["ab/6"]), {"ab/6": None})
         self.assertRegex(self.warning.call_args[0][0], "did not answer for 1 of 1 objects, their tasks will try: ")
 
     def test_redirect_to_another_host(self):
         other = self.mirror()
-        self.mirrors("file://.* %s/to/%s/PATH" % (self.requested.url, other.url.replace("127.0.0.1", "localhost")))
-        self.assertEqual(self.query(["ab/5", "ab/6"]), {"ab/5": 5, "ab/6": 6})
-        self.assertEqual(self.paths(other), ["/ab/5", "/ab/6"])
-
-    def test_silent(self):
-        """A mirror that accepts and says nothing has no objects that could be had"""
-        self.pool.timeout = 0.2
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.mirrors("file://.* http://127.0.0.1:%s/PATH" % listener.getsockname()[1])
-            self.assertEqual(self.query(["ab/%s" % n for n in range(20)]), {})
-        self.warning.assert_called_once()
-
-    def test_refused_by_one_and_nobody_at_the_other(self):
-        """Also if it is the same host"""
-        dead = self.mirror()
-        dead.stop()
-        for first, second in ((self.requested, dead), (dead, self.requested)):
-            self.mirrors("file://.* %s/PATH" % first.url, "file://.* %s/PATH" % second.url)
-            self.presence = self.make()
-            self.assertEqual(self.query(["status/503"]), {"status/503": None})
-            self.assertEqual(self.query(["status/404"]), {})
+        url = other.url.replace("127.0.0.1", "localhost")
+        mirror = self.mirror(answer("302 Found; Location: %s/cd/5; Content-Length: 0" % url))
+        self.mirrors("file://.* %s/PATH" % mirror.url)
+        self.assertEqual(self.query(["ab/5"]), {"ab/5": 5})
+        self.assertEqual((self.paths(mirror), self.paths(other)), (["/ab/5"], ["/cd/5"]))
 
     def test_connections_that_have_ended(self):
         """That is nothing the mirror says"""
-        self.pool.stop()
+        self.server.stop()
         self.assertIsNone(self.query(["ab/5"]))
 
     def test_what_says_neither(self):
@@ -321,11 +304,11 @@ class QueryTest(PresenceTest):
     def test_invalid_sources(self):
         for value in ("hashserv", "mirror hashserv", "mirrors"):
             self.d.setVar("BB_SETSCENE_PRESENCE", value)
-            with self.assertRaisesRegex(ValueError, '^Invalid BB_SETSCENE_PRESENCE = "%s", allowed are' % value):
+            with self.assertRaisesRegex(ValueError, '^Invalid value "%s" for BB_SETSCENE_PRESENCE, must be' % value):
                 settings(self.d)
 
 
-class HashservTest(QueryTest):
+class HashservTest(OneMirrorTest):
     def setUp(self):
         super().setUp()
         self.d.setVar("BB_SETSCENE_PRESENCE", "hashserv  mirror")

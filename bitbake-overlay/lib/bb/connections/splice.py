@@ -1,0 +1,110 @@
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+"""
+Moves data from a socket to a file inside the kernel, by splice(2).
+
+Used by http.py for long bodies without TLS: that takes half of the CPU time of
+reading and writing. The transport does not read meanwhile.
+
+    with Splice(loop, transport, fd, offset, moved) as splice:
+        while splice.left:
+            ...         # moved() is called when there is something new
+"""
+
+import errno
+import fcntl
+import os
+
+from bb.connections import DestinationError, ProtocolError
+from bb.connections.request import unwritable
+
+# Bytes of the pipe in between, if the system allows that
+PIPE = 1024 * 1024
+F_SETPIPE_SZ = 1031
+
+# Of Python 3.10. Cleared if the kernel does not support it for a file, as with O_APPEND.
+is_supported = hasattr(os, "splice")
+
+# Descriptors in use that the event loop does not watch: a forked child has to close them
+descriptors = set()
+
+
+class Splice:
+    """
+    left    how many bytes are still to come
+    offset  where in the file fd they go
+    error   OSError, ProtocolError or DestinationError that has ended it, or None
+    """
+
+    def __init__(self, loop, transport, fd, offset, left, moved):
+        self.offset = offset
+        self.left = left
+        self.error = None
+        self._loop = loop
+        self._transport = transport
+        self._fd = fd
+        self._moved = moved
+
+    def __enter__(self):
+        sock = self._transport.get_extra_info("socket").fileno()
+        # The loop does not allow to watch the transport's own descriptor
+        self._sock = os.dup(sock)
+        try:
+            self._pipe = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            os.close(self._sock)
+            raise
+        try:
+            fcntl.fcntl(self._pipe[1], F_SETPIPE_SZ, PIPE)
+        except OSError:
+            # More than /proc/sys/fs/pipe-user-pages-soft allows
+            pass
+        self._descriptors = {sock, self._sock, *self._pipe}
+        descriptors.update(self._descriptors)
+        self._transport.pause_reading()
+        self._loop.add_reader(self._sock, self._move)
+        return self
+
+    def __exit__(self, *exception):
+        self._loop.remove_reader(self._sock)
+        descriptors.difference_update(self._descriptors)
+        for fd in (self._sock, *self._pipe):
+            os.close(fd)
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _move(self):
+        try:
+            self._move_once()
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError, DestinationError) as e:
+            self.error = e
+            self._loop.remove_reader(self._sock)
+        self._moved()
+
+    def _move_once(self):
+        global is_supported
+        try:
+            size = os.splice(self._sock, self._pipe[1], min(self.left, PIPE))
+        except OSError as e:
+            if e.errno == errno.EINVAL:
+                is_supported = False
+            raise
+        if not size:
+            raise ProtocolError("closed by the server in the middle of an answer")
+        while size:
+            try:
+                written = os.splice(self._pipe[0], self._fd, size, offset_dst=self.offset)
+            except OSError as e:
+                if e.errno == errno.EINVAL:
+                    is_supported = False
+                    raise
+                raise unwritable(e) from e
+            size -= written
+            self.left -= written
+            self.offset += written

@@ -1,0 +1,264 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""Whether a server may get several requests at once: the trial and its judgement, and what ends pipelining later.
+
+Servers that cannot deal with it are in wire/test_pipelining.py.
+"""
+
+import collections
+
+import pytest
+
+from bb.connections import Disagreement, Disconnected, ProtocolError
+from bb.connections.pipelining import ENOUGH, INCONCLUSIVE, KEEPALIVE_FROM, MIN_REQUESTS, STRIKES, Pipelining
+from bb.connections.request import Request, Response
+from bb.connections.requestqueue import RequestQueue
+
+URL = "http://mirror.example/"
+DEPTH = 8
+
+
+class Connection:
+    """What Pipelining looks at"""
+
+    def __init__(self, in_flight=0, served=1, version=(1, 1), announced=False, proxy=None):
+        self.in_flight = collections.deque(range(in_flight))
+        self.served = served
+        self.version = version
+        self.announced = announced
+        request = head("x", {"http_proxy": proxy} if proxy else {})
+        self.origin, self.route = request.origin, request.route
+
+
+def head(name, environment=None):
+    return Request("HEAD", URL + name, environment or {})
+
+
+def found(length=1, etag=None):
+    return Response(200, {"etag": etag} if etag else {}, length)
+
+
+def missing():
+    return Response(404, {}, 10)
+
+
+def options(status=405, **headers):
+    return Response(status, headers, 0)
+
+
+def queue_of(requests):
+    queue = RequestQueue()
+    for request in requests:
+        queue.add(request)
+    return queue
+
+
+def begin(pipelining, response, number=4, connection=None):
+    """The Trial after an answer, or None"""
+    known = head("known")
+    queue = queue_of([head(str(i)) for i in range(number)])
+    return pipelining.trial(connection or Connection(), (known, response, None), queue, DEPTH)
+
+
+def judge(trial, *responses):
+    """What the trial makes of answers in this order: (outcome, responses by target)"""
+    assert len(responses) == len(trial.sent)
+    for request, response in list(zip(trial.sent, responses))[:-1]:
+        assert not trial.add([(request, response, None)])
+    assert trial.add([(trial.sent[-1], responses[-1], None)])
+    outcome, answers = trial.judge()
+    return outcome, [(request.target, response) for request, response, _ in answers]
+
+
+@pytest.fixture
+def pipelining():
+    return Pipelining(tried=True)
+
+
+def test_one_by_one_until_it_is_known(pipelining):
+    assert pipelining.room(Connection(in_flight=0), DEPTH) == 1
+    assert pipelining.room(Connection(in_flight=1), DEPTH) == 0
+
+
+def test_without_a_trial():
+    assert Pipelining(tried=False).room(Connection(in_flight=3), DEPTH) == DEPTH - 3
+
+
+def test_trial_sends_the_probe_as_the_second(pipelining):
+    trial = begin(pipelining, found())
+    assert [request.target for request in trial.sent] == ["/0", "/known", "/1", "/2", "/3"]
+    assert [request.method for request in trial.sent] == ["HEAD"] * 5
+    assert [request.target for request in trial.requests] == ["/0", "/1", "/2", "/3"]
+
+
+def test_trial_is_as_deep_as_what_follows(pipelining):
+    assert len(begin(pipelining, found(), number=100).requests) == DEPTH
+
+
+def test_one_trial_at_a_time(pipelining):
+    assert begin(pipelining, found())
+    assert begin(pipelining, found()) is None
+
+
+@pytest.mark.parametrize("response, connection", [
+    (Response(500, {}, 0), Connection()), (Response(403, {}, 0), Connection()), (found(), Connection(in_flight=1)),
+])
+def test_no_trial_now(pipelining, response, connection):
+    assert begin(pipelining, response, connection=connection) is None
+    assert begin(pipelining, found())
+
+
+@pytest.mark.parametrize("connection", [Connection(version=(1, 0)), Connection(proxy="http://proxy.example")])
+def test_no_trial_at_all(pipelining, connection):
+    assert begin(pipelining, found(), connection=connection) is None
+    assert begin(pipelining, found()) is None
+    assert pipelining.room(Connection(), DEPTH) == 1
+
+
+@pytest.mark.parametrize("requests", [
+    [head(str(i)) for i in range(MIN_REQUESTS - 1)],
+    [head("0"), head("1"), Request("GET", URL + "2", {}), head("3"), head("4")],
+])
+def test_too_few_questions_for_a_trial(pipelining, requests):
+    queue = queue_of(requests)
+    assert pipelining.trial(Connection(), (head("known"), found(), None), queue, DEPTH) is None
+    assert list(queue) == requests, "in the old order"
+
+
+@pytest.mark.parametrize("name", ["redirected", "GET", "error"])
+def test_answer_that_is_no_use_for_a_trial(pipelining, name):
+    known = Request("GET", URL, {}) if name == "GET" else head("known")
+    known.redirects = name == "redirected"
+    answer = known, found(), ProtocolError("odd") if name == "error" else None
+    assert pipelining.trial(Connection(), answer, queue_of([head(str(i)) for i in range(9)]), DEPTH) is None
+
+
+def test_works(pipelining):
+    trial = begin(pipelining, found(7))
+    answers = [missing(), found(7), found(2), missing(), found(3)]
+    assert judge(trial, *answers) == ("works", [("/0", answers[0]), ("/1", answers[2]), ("/2", answers[3]), ("/3", answers[4])])
+    pipelining.finish("works")
+    assert pipelining.room(Connection(in_flight=3), DEPTH) == DEPTH - 3
+    assert begin(pipelining, found()) is None, "no further trial"
+
+
+@pytest.mark.parametrize("answers", [
+    [found(7), missing(), found(2), missing(), found(3)],
+    [missing(), found(2), found(7), missing(), found(3)],
+    [missing(), found(7, '"other"'), found(2), missing(), found(3)],
+])
+def test_answers_in_another_order(pipelining, answers):
+    """The probe has not the answer that it had before: all are asked again."""
+    assert judge(begin(pipelining, found(7)), *answers) == ("fails", [])
+    pipelining.finish("fails")
+    assert pipelining.room(Connection(in_flight=0), DEPTH) == 1
+    assert begin(pipelining, found()) is None
+
+
+def test_probe_that_looks_like_its_neighbour(pipelining):
+    """Nothing is known, and the neighbour may have got the answer to another one: it is tried again with an OPTIONS."""
+    answers = [found(7), found(7), found(2), missing(), found(3)]
+    assert judge(begin(pipelining, found(7)), *answers) == (None, [])
+    pipelining.finish(None)
+    assert begin(pipelining, found(7)).sent[1].method == "OPTIONS"
+
+
+def test_all_look_the_same(pipelining):
+    """Nothing is known, but whatever the order is the answers are right."""
+    outcome, answers = judge(begin(pipelining, found(7)), *[found(7)] * 5)
+    assert outcome is None
+    assert answers == [("/%s" % i, found(7)) for i in range(4)]
+
+
+@pytest.mark.parametrize("probe", [options(405), options(200, allow="GET, HEAD"), options(501), options(204)])
+def test_works_where_all_are_missing(pipelining, probe):
+    trial = begin(pipelining, missing())
+    assert trial.sent[1].method == "OPTIONS"
+    assert judge(trial, missing(), probe, missing(), missing(), missing())[0] == "works"
+
+
+@pytest.mark.parametrize("answers", [
+    [options(), missing(), missing(), missing(), missing()],
+    [missing(), missing(), options(), missing(), missing()],
+    [missing(), options(), options(), missing(), missing()],
+])
+def test_options_in_the_wrong_place(pipelining, answers):
+    assert judge(begin(pipelining, missing()), *answers) == (None, [])
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_refusal_is_no_result(pipelining, status):
+    assert judge(begin(pipelining, found()), found(2), Response(status, {}, 0), found(3), found(4), found(5)) == (None, [])
+
+
+def test_trials_without_a_result_have_an_end(pipelining):
+    for _ in range(INCONCLUSIVE):
+        assert begin(pipelining, found())
+        pipelining.finish(None)
+    assert begin(pipelining, found()) is None
+
+
+@pytest.mark.parametrize("error, answered, outcome", [
+    (None, 0, None), (Disconnected("closed"), 0, "broke"), (Disconnected("closed"), 1, "fails"),
+    (ProtocolError("odd"), 0, "fails"),
+])
+def test_connection_that_ends_during_the_trial(pipelining, error, answered, outcome):
+    trial = begin(pipelining, found())
+    trial.add([(request, found(), None) for request in trial.sent[:answered]])
+    assert trial.ended(error) == outcome
+
+
+def test_broken_trials_are_strikes(pipelining):
+    for _ in range(STRIKES):
+        assert begin(pipelining, found())
+        pipelining.finish("broke")
+    assert begin(pipelining, found()) is None
+
+
+@pytest.fixture
+def proven(pipelining):
+    begin(pipelining, found())
+    pipelining.finish("works")
+    return pipelining
+
+
+def test_next_connection_begins_with_one_request(proven):
+    """RFC 9112 9.3.2"""
+    proven.broken(Connection(in_flight=5), Disconnected("closed"))
+    assert proven.room(Connection(served=0), DEPTH) == 1
+    assert proven.room(Connection(served=1), DEPTH) == DEPTH
+    assert proven.room(Connection(served=0), DEPTH) == DEPTH
+
+
+@pytest.mark.parametrize("served, ends", [(ENOUGH - 1, True), (ENOUGH, False)])
+def test_strikes(proven, served, ends):
+    """Connections that break soon, one after the other. One that has answered enough is no fault of pipelining."""
+    for _ in range(STRIKES):
+        proven.broken(Connection(in_flight=5, served=served), ProtocolError("odd"))
+    assert (proven.room(Connection(), DEPTH) == 1) is ends
+
+
+def test_contradiction_ends_it_at_once(proven):
+    proven.broken(Connection(in_flight=5, served=10 * ENOUGH), Disagreement("other size"))
+    assert proven.room(Connection(), DEPTH) == 1
+
+
+def test_protocol_without_a_trial_goes_on():
+    """Its answers have numbers."""
+    pipelining = Pipelining(tried=False)
+    for _ in range(10):
+        pipelining.broken(Connection(in_flight=5), ProtocolError("odd"))
+    assert pipelining.room(Connection(), DEPTH) == DEPTH
+
+
+def test_server_that_closes_after_so_many_answers(proven):
+    proven.closed(Connection(served=30, announced=True))
+    assert proven.room(Connection(served=0, in_flight=0), 64) == 30
+    assert proven.room(Connection(served=20, in_flight=4), 64) == 6
+    assert proven.room(Connection(served=30), 64) == 64, "it did not close this one"
+
+
+@pytest.mark.parametrize("connection", [Connection(served=KEEPALIVE_FROM - 1, announced=True), Connection(served=30)])
+def test_other_ends_say_nothing_about_the_next(proven, connection):
+    proven.closed(connection)
+    assert proven.room(Connection(served=0), 64) == 64
