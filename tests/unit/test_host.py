@@ -10,6 +10,7 @@ from bb.connections.health import MAX_FAILURES, PATIENCE, PAUSE, RISE_AFTER, SUS
 from bb.connections.host import ATTEMPTS, IDLE, LONE, TIMEOUT_ATTEMPTS, UNUSED
 from bb.connections.http import MAX_REDIRECTS
 from bb.connections.request import Response
+from bb.connections.pool import MAX_CONNECTIONS
 from support.asking import Asked
 from support.mirror import FOUND, NEVER, REFUSED, Mirror, Simulation
 
@@ -510,18 +511,18 @@ def test_too_many_hosts(simulate, deep):
     hosts = ["http://host%s.example/" % i for i in range(200)]
     deep.latency = 1
     outcomes = simulation.statuses("HEAD", hosts)
-    assert deep.peak == 128
-    assert outcomes.count(200) == 128
+    assert deep.peak == MAX_CONNECTIONS
+    assert outcomes.count(200) == MAX_CONNECTIONS
     assert {error.kind for error in outcomes if error != 200} == {"error"}
     assert [host.health.trouble for host in simulation.pool.hosts.values()] == [None] * 200
 
 
 def test_places_of_closed_connections_are_free_again(simulate, deep):
     simulation = simulate(deep, limit=1)
-    assert simulation.statuses("HEAD", ["http://host%s.example/" % i for i in range(128)]) == [200] * 128
+    assert simulation.statuses("HEAD", ["http://host%s.example/" % i for i in range(MAX_CONNECTIONS)]) == [200] * MAX_CONNECTIONS
     simulation.advance(IDLE + 1)
     assert deep.open == 0
-    assert simulation.statuses("HEAD", ["http://other%s.example/" % i for i in range(128)]) == [200] * 128
+    assert simulation.statuses("HEAD", ["http://other%s.example/" % i for i in range(MAX_CONNECTIONS)]) == [200] * MAX_CONNECTIONS
 
 
 # Logins

@@ -211,6 +211,24 @@ def test_forked_child_has_nothing_of_it(start, peer, file):
         assert mirror.connections == 1
 
 
+def test_child_of_a_forked_child_keeps_its_files(start):
+    """Numbers that were closed in the child are those of other files by then"""
+    start()
+
+    def fork_again():
+        files = [open(os.devnull) for _ in range(50)]
+        child = os.fork()
+        if not child:
+            try:
+                for file in files:
+                    os.fstat(file.fileno())
+                os._exit(0)
+            except OSError:
+                os._exit(1)
+        return os.waitpid(child, 0)[1]
+    assert in_child(fork_again) == 0
+
+
 def test_forked_child_has_no_file_of_a_peer_that_left(start, peer, file):
     hanging = peer(peers.hangs)
     connections = start()

@@ -498,3 +498,33 @@ def test_urgent_question_goes_before_others(peer, single):
     gate.set()
     assert_right(urgent + others)
     assert there.targets.index("/found/1000") <= 21 + MAX_DEPTH
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with its object", "with another siginfo"])
+def test_siginfos_that_are_mixed_up(peer, make_asking, known):
+    """No HEAD tells what they are: they are in flight alone, or beside what cannot be mistaken for them"""
+    def script(talk):
+        for request in talk.requests():
+            if request.method == "GET" and b"\r\n\r\n" in talk._buffer:
+                # The bodies are of the same size
+                other = talk.request()
+                pairs.append({request.target, other.target})
+                send(talk, request, other.target)
+                send(talk, other, request.target)
+            else:
+                send(talk, request, request.target)
+
+    def send(talk, request, target):
+        talk.answer(request, target.encode(), 'ETag: "%s"' % target)
+
+    pairs = []
+    there = peer(script)
+    asking = make_asking(1)
+    objects = ["/%02d" % number for number in range(40)]
+    assert all(one.status() == 200 for one in asking.ask("HEAD", [there.url(path) for path in objects]))
+    wanted = [path + suffix for path in objects for suffix in (("", ".s") if known else (".s",))]
+    for one, path in zip(asking.ask("GET", [there.url(path) for path in wanted]), wanted):
+        assert one.status() == 200
+        assert one.body() == path.encode()
+    assert not [pair for pair in pairs if all(target.endswith(".s") for target in pair)]
+    assert bool(pairs) == known

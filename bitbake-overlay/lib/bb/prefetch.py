@@ -162,7 +162,7 @@ class Prefetch:
     def _fail(self, error):
         """A fault of ours"""
         logger.debug("Fetching sstate objects ahead failed", exc_info=True)
-        logger.warning("Fetching sstate objects ahead of their tasks failed, they do it themselves: %r" % error)
+        logger.warning("Prefetching sstate objects failed, setscene tasks will fetch them: %r" % error)
         self.stop()
 
     def _process(self):
@@ -346,11 +346,9 @@ class Prefetch:
 
     def _answered(self, transfer, name, response, error):
         request = transfer.requests.pop(name)
-        try:
-            if self._under_way.get(transfer.tid) is transfer:
-                self._take(transfer, name, request.fd, response, error)
-        finally:
-            self._close_file(request.fd)
+        if self._under_way.get(transfer.tid) is transfer:
+            self._take(transfer, name, request.fd, response, error)
+        transfer.error = self._close_file(request.fd) or transfer.error
         if not transfer.requests and self._under_way.get(transfer.tid) is transfer:
             self._finish(transfer)
 
@@ -411,8 +409,13 @@ class Prefetch:
         self._unlink(transfer)
 
     def _close_file(self, fd):
+        """Returns the error of close(), with which NFS reports that the disk is full, or None"""
         self._open -= 1
-        os.close(fd)
+        try:
+            os.close(fd)
+        except OSError as e:
+            return e
+        return None
 
     def _close(self, transfer):
         for request in transfer.requests.values():

@@ -34,7 +34,7 @@ class ServerError(ConnectionCacheError):
 
 
 class Client:
-    """The connection of one thread to the server at address. If it fails once it fails always."""
+    """The connection of one thread to the server at address. After one failure every call fails."""
 
     def __init__(self, address):
         self.address = address
@@ -76,7 +76,7 @@ class Client:
             if "progress" not in reply:
                 break
             if interrupted():
-                # To close the socket cancels the request
+                # Closing the socket cancels the request
                 self.close()
                 raise ConnectionCacheError("interrupted")
             if reply["progress"] != progress:

@@ -20,8 +20,8 @@ and nothing blocks.
 
 import asyncio
 
-from bb.connections import (Cancelled, Changed, ConnectError, ConnectionCacheError, Disconnected, IdleClosed,
-                            ProtocolError, RefusedError, TimedOutError)
+from bb.connections import (Cancelled, Changed, ConnectError, ConnectionCacheError, Disagreement, Disconnected,
+                            IdleClosed, ProtocolError, RefusedError, TimedOutError)
 from bb.connections.health import Health
 from bb.connections.pipelining import TRIAL_TIMEOUT, Pipelining
 from bb.connections.requestqueue import RequestQueue
@@ -31,7 +31,7 @@ ATTEMPTS = 4
 TIMEOUT_ATTEMPTS = 2
 # A request that is refused twice, while so many others are answered in between, is refused for a reason of its own
 LONE = 32
-# Seconds until an unused connection is closed, and one that was never used: servers have less patience with those
+# Seconds until an unused connection is closed, and one that was never used: servers close those sooner
 IDLE = 60
 UNUSED = 5
 # Round trips of a login, to estimate a round trip from it
@@ -66,6 +66,7 @@ class Host:
         self._loop = pool.loop
         self._connect = connect
         self._serial = kind.serial
+        self._http = kind.tried
         self._pipelining = Pipelining(kind.tried)
         self._connections = []
         # {task: route} for connections that are being opened
@@ -103,7 +104,7 @@ class Host:
         return self._queues[route]
 
     def _put_back(self, requests):
-        """Requests that have been sent in vain are the next ones again"""
+        """Requests whose connection has failed are the next ones again"""
         for request in reversed(requests):
             self._queue(request.route).put_back(request)
         self._schedule()
@@ -175,11 +176,17 @@ class Host:
             return
         room = min(room, self._share(connection, queue))
         bodies = sum(map(weight, connection.in_flight))
+        unknown = any(map(is_unknown, connection.in_flight))
         taken = []
         while room > 0 and queue:
             if queue.head.cancelled:
                 self._pool.finish(queue.pop(), None, Cancelled("the answer is not needed any more"))
                 continue
+            if self._http and is_unknown(queue.head):
+                if unknown:
+                    # Nothing would tell if the answers to the two were mixed up
+                    break
+                unknown = True
             bodies += weight(queue.head)
             if (taken or connection.in_flight) and bodies > MAX_BODIES and queue.head.fd is not None:
                 break
@@ -248,6 +255,8 @@ class Host:
             error = ConnectError("cannot connect to %s: not done within %s seconds" % (self.origin.host, self._pool.timeout))
         except ConnectionCacheError as e:
             error = e
+        except Exception as e:
+            error = ConnectError("cannot connect to %s: %r" % (self.origin.host, e))
         finally:
             del self._connecting[asyncio.current_task()]
         if error:
@@ -344,7 +353,7 @@ class Host:
     def ended(self, connection, error):
         """Of Connection. Requests without an answer are sent again; the first of them may be the reason."""
         if connection not in self._connections:
-            # It is not open yet, or all is over
+            # It is not open yet, or the host has stopped
             return
         self._connections.remove(connection)
         self._schedule()
@@ -356,7 +365,8 @@ class Host:
             self._pipelining.finish(trial.ended(error))
             self._put_back(trial.requests)
             return
-        if len(unanswered) > 1 and isinstance(error, (ProtocolError, TimedOutError)) and not isinstance(error, IdleClosed):
+        if isinstance(error, Disagreement) or len(unanswered) > 1 and isinstance(error, (ProtocolError, TimedOutError)) and \
+                not isinstance(error, IdleClosed):
             self._pipelining.broken(connection, error)
         if error is None or isinstance(error, Disconnected) and connection.served:
             # A server may close a connection at any time (RFC 9112 9.5)
@@ -404,13 +414,17 @@ class Host:
         others = self.health.answers - request.answers
         lone = request.refusals > 1 and others >= LONE
         if others and not lone:
-            # It will be its turn, as long as the host answers others
+            # Keep retrying as long as the host answers others
             request.attempts = 0
         return lone
 
+
+def is_unknown(request):
+    """Whether request is for a file about which no HEAD has been answered"""
+    return request.fd is not None and request.size is None
 
 def weight(request):
     """Bytes of the body that request leads to"""
     if request.fd is None:
         return 0
-    return UNKNOWN_BODY if request.size is None else request.size
+    return UNKNOWN_BODY if is_unknown(request) else request.size

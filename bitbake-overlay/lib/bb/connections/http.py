@@ -69,7 +69,7 @@ async def connect(loop, owner, origin, route, timeout):
     except ssl.SSLCertVerificationError as e:
         raise ConnectError("certificate of %s: %s" % (origin.host, e.verify_message), retryable=False) from e
     except (OSError, ValueError) as e:
-        raise ConnectError("cannot connect to %s port %s: %s" % (host, port, e or repr(e))) from e
+        raise ConnectError("cannot connect to %s port %s: %s" % (host, port, str(e) or repr(e))) from e
     return connection
 
 def _context(origin, route):
@@ -299,13 +299,22 @@ class HTTPConnection(Connection):
         return response, True
 
     def _check(self, request, response):
-        """An answer that contradicts the HEAD belongs to another request, if there was another; else the file has changed"""
-        if self._pipelined and request.fd is not None and request.size is not None:
-            other = response.status == 200 and (response.length is not None and response.length != request.size or
-                                                response.validators != request.validators)
-            if other or response.status in ABSENT:
-                raise Disagreement("%s: status %s and %s bytes, the answer to HEAD was %s bytes" %
-                                   (redact(request.url), response.status, response.length, request.size))
+        """
+        With several requests in flight, an answer that contradicts the HEAD may be the one to another request. So may
+        one about a file without HEAD that looks like another file in flight.
+        """
+        if not self._pipelined or request.fd is None:
+            return
+        found = response.length, response.validators
+        if request.size is None:
+            odd = response.status == 200 and any((other.size, other.validators) == found for other in self.in_flight)
+        elif response.status == 200:
+            odd = response.length not in (None, request.size) or response.validators != request.validators
+        else:
+            odd = response.status in ABSENT
+        if odd:
+            raise Disagreement("%s: status %s and %s bytes, the answer to HEAD was %s bytes" %
+                               (redact(request.url), response.status, response.length, request.size))
 
     def _read_bytes(self, request, size, wanted):
         while size:

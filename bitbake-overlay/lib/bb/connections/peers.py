@@ -9,7 +9,7 @@ The Unix socket, and the processes at its other end.
 
 Used by server.py, in the thread of the event loop. protocol.py describes the
 messages. Only processes of the same user are accepted; one that violates the
-protocol is told so and disconnected.
+protocol is sent an error and disconnected.
 
     peers = Peers(loop, submit, schemes, most=64)
     peers.listen()
@@ -29,8 +29,8 @@ from bb.connections.request import ENVIRONMENT, Request, last_modified, unwritab
 
 # Descriptors: select() in server/process.py, which is in the same process, supports the first 1024. Further peers wait
 # in the backlog, and give up after protocol.SILENCE_SECONDS.
-MAX_PEERS = 192
-MAX_FILES = 192
+MAX_PEERS = 128
+MAX_FILES = 128
 BACKLOG = 1024
 
 # Characters of an error, so that it fits into a message

@@ -21,9 +21,9 @@ from bb.connections import Cancelled, http, sftp
 from bb.connections.host import Host
 from bb.connections.request import ABSENT, MISSING, Response
 
-# Connections to all hosts together: each has one or two descriptors, of which select() in server/process.py, which is
+# Connections to all hosts together: each has up to four descriptors, of which select() in server/process.py, which is
 # in the same process, supports the first 1024
-MAX_CONNECTIONS = 128
+MAX_CONNECTIONS = 64
 
 PROTOCOLS = {"http": (http.connect, http.HTTPConnection), "https": (http.connect, http.HTTPConnection),
              "sftp": (sftp.connect, sftp.SFTPConnection)}

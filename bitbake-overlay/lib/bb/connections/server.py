@@ -9,9 +9,8 @@ The thread with the event loop that owns all shared connections.
 
 A ConnectionServer lives as long as there is something to be done; in between
 there is no thread and no connection. Other processes use it over its socket.
-The thread which started it has two doors: requests go in as batches, and their
-answers wait in a queue, together with a descriptor that becomes readable. That
-thread calls everything in here except _run() and what that calls.
+The thread that started it hands over batches of requests; their answers wait in
+a queue, together with a descriptor that becomes readable. That thread calls everything in here except _run() and what that calls.
 
 A forked child closes the descriptors and takes no lock.
 
@@ -30,17 +29,20 @@ import os
 import selectors
 import select
 import socket
+import sys
 import threading
 
 from bb.connections import Cancelled, ConnectionCacheError, protocol, splice
 from bb.connections.peers import Peers
 from bb.connections.pool import PROTOCOLS, Pool
 
-# Seconds: until stop() gives up, most of which an ssh takes that is logging in, and the longest delay of answers that
-# are not urgent. Nor are they delayed if there are so many.
+# Seconds until stop() gives up, mostly for an ssh that is still logging in
 STOP_TIMEOUT = 10
+# Longest delay of answers that are not urgent, in seconds; not delayed once this many are waiting
 DELAY = 0.05
 ENOUGH = 24
+# Seconds between switches of threads while bodies are awaited; Python's default is 5 ms
+SWITCH_INTERVAL = 0.001
 
 # Servers that run in this process
 _running = set()
@@ -54,9 +56,11 @@ def stop_all():
         server.stop()
 
 def _forked():
-    _inherited.extend(_running)
+    servers = list(_running)
     _running.clear()
-    for server in _inherited:
+    # Once only: a child of this child may have other files with these numbers
+    _inherited.extend(servers)
+    for server in servers:
         server.close_descriptors()
 
 os.register_at_fork(after_in_child=_forked)
@@ -84,10 +88,13 @@ class Loop(asyncio.SelectorEventLoop):
             try:
                 self.call_soon_threadsafe(finish, outcome)
             except RuntimeError:
-                # It took too long, the loop is closed
+                # The loop was closed meanwhile
                 pass
 
-        threading.Thread(target=resolve, name="connection lookup", daemon=True).start()
+        try:
+            threading.Thread(target=resolve, name="connection lookup", daemon=True).start()
+        except RuntimeError as e:
+            raise OSError(str(e)) from e
         outcome = await answer
         if isinstance(outcome, OSError):
             raise outcome
@@ -119,6 +126,9 @@ class ConnectionServer:
         self._delayed = None
         # Whether the descriptor is readable
         self._awake = False
+        # Bodies that are awaited by submit(), and the interpreter's switch interval without any
+        self._bodies = 0
+        self._switch_interval = None
         self._fault = None
 
     def start(self):
@@ -151,7 +161,6 @@ class ConnectionServer:
         thread, self._thread = self._thread, None
         if not thread:
             return True
-        _running.discard(self)
         self.address = None
         try:
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -198,6 +207,7 @@ class ConnectionServer:
             request.first = first
             request.context = answered
             request.done = self._answered
+            self._count_bodies(request, 1)
         self._incoming.append(requests)
         self._call(self._take)
 
@@ -244,7 +254,22 @@ class ConnectionServer:
         self._awake = False
         while self._answers:
             request, response, error = self._answers.popleft()
+            self._count_bodies(request, -1)
             request.context(request, response, error)
+
+    def _count_bodies(self, request, number):
+        """
+        While bodies are awaited, let threads take turns more often: each write to a file releases the interpreter's
+        lock, and with a thread that only computes the loop has to wait for a switch interval to get it back.
+        """
+        if request.fd is not None:
+            self._bodies += number
+            if self._switch_interval is None:
+                self._switch_interval = sys.getswitchinterval()
+                sys.setswitchinterval(min(SWITCH_INTERVAL, self._switch_interval))
+            elif not self._bodies:
+                sys.setswitchinterval(self._switch_interval)
+                self._switch_interval = None
 
     def is_healthy(self, origin, route):
         """As Pool.is_healthy()"""
@@ -283,11 +308,15 @@ class ConnectionServer:
             self._log("ends because of %r" % e)
             self._fault = self._fault or e
         finally:
+            # A child that is forked from now on has nothing to close but the pipe
+            _running.discard(self)
             self._loop.close()
             self._refuse()
+            # For answers whose wake-up has been delayed
+            self.wake()
 
     def _tick(self):
-        """For ever, until the main thread has ended: the process must not stay if that has died of an exception"""
+        """Reschedules itself until the main thread ends: the process must not stay if that has died of an exception"""
         self._peers.send_progress()
         if threading.main_thread().is_alive():
             self._loop.call_later(protocol.PROGRESS_SECONDS, self._tick)

@@ -71,9 +71,9 @@ async def connect(loop, owner, origin, route, timeout):
         raise connection.ssh.connect_error(e, False) from e
     finally:
         if not connection.ssh.established:
-            sock.close()
             connection.close()
             connection.ssh.end()
+            sock.close()
 
 
 class SFTPConnection(Connection):

@@ -51,7 +51,7 @@ class Splice:
 
     def __enter__(self):
         sock = self._transport.get_extra_info("socket").fileno()
-        # The loop does not allow to watch the transport's own descriptor
+        # The loop does not allow watching the transport's own descriptor
         self._sock = os.dup(sock)
         try:
             self._pipe = os.pipe2(os.O_CLOEXEC)

@@ -21,6 +21,7 @@ nothing else tells why there is no connection.
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 
@@ -126,7 +127,8 @@ class SSH:
     async def _ends_within(self, seconds):
         try:
             await asyncio.wait_for(self._silent.wait(), seconds)
-            self._process.wait(GRACE)
+            # It ends right after it has closed its standard error
+            self._process.wait(0.05)
         except (asyncio.TimeoutError, subprocess.TimeoutExpired):
             # A program that ssh has started may keep standard error open
             pass
@@ -142,8 +144,9 @@ class SSH:
         if not await self._ends_within(GRACE if self.established else LOGIN_GRACE):
             self._process.terminate()
             if not await self._ends_within(TERMINATE_GRACE):
-                self._process.kill()
-                self._process.wait()
+                # With what it has started
+                os.killpg(self._process.pid, signal.SIGKILL)
+                await self._ends_within(TERMINATE_GRACE)
         self._loop.remove_reader(self._process.stderr)
         self._process.stderr.close()
 
