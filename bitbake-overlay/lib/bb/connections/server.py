@@ -140,7 +140,8 @@ class ConnectionServer:
             self._loop.set_exception_handler(self._handle)
             self._pool = Pool(self._loop, *self._settings)
             self._peers = Peers(self._loop, self._pool.submit, self._settings[2], self._log, self._most_peers)
-            thread = threading.Thread(target=self._run, name="connection server")
+            # The process must not stay because of it if the main thread dies of an exception
+            thread = threading.Thread(target=self._run, name="connection server", daemon=True)
             thread.start()
         except (OSError, RuntimeError):
             if self._peers:
@@ -316,12 +317,8 @@ class ConnectionServer:
             self.wake()
 
     def _tick(self):
-        """Reschedules itself until the main thread ends: the process must not stay if that has died of an exception"""
         self._peers.send_progress()
-        if threading.main_thread().is_alive():
-            self._loop.call_later(protocol.PROGRESS_SECONDS, self._tick)
-        else:
-            self._loop.stop()
+        self._loop.call_later(protocol.PROGRESS_SECONDS, self._tick)
 
     def _handle(self, loop, context):
         """Of asyncio. An exception in here is a fault of ours: others go on without this thread."""
