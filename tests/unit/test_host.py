@@ -7,7 +7,8 @@ import pytest
 from bb.connections import (Cancelled, ConnectError, DestinationError, Disconnected, IdleClosed, ProtocolError, RefusedError,
                             StatusError, TimedOutError)
 from bb.connections.health import MAX_FAILURES, PATIENCE, PAUSE, RISE_AFTER, SUSPENSION
-from bb.connections.host import ATTEMPTS, IDLE, LONE, TIMEOUT_ATTEMPTS, UNUSED
+from bb.connections.health import LONE
+from bb.connections.host import ATTEMPTS, IDLE, TIMEOUT_ATTEMPTS, UNUSED
 from bb.connections.http import MAX_REDIRECTS
 from bb.connections.request import Response
 from bb.connections.pool import MAX_CONNECTIONS

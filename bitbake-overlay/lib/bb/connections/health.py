@@ -38,10 +38,19 @@ MAX_REFUSALS = 8
 PATIENCE = 10
 # Seconds for which a host or a route is suspended
 SUSPENSION = 30
+# A request that is refused twice, while so many others are answered in between, is refused for a reason of its own
+LONE = 32
 # Answers after which one more connection is allowed, and twice the depth
 RISE_AFTER = 32
 # Requests in flight on one connection at most
 MAX_DEPTH = 64
+
+
+class Statistics:
+    """Counters of a host in a build"""
+
+    def __init__(self):
+        self.requests = self.connections = self.retries = self.refusals = self.files = self.bytes = 0
 
 
 class Health:
@@ -121,6 +130,16 @@ class Health:
             pause = SUSPENSION
         self.paused_until = max(self.paused_until, now + pause)
         return self._suspended
+
+    def is_lone(self, request):
+        """request has been refused. Whether this says nothing about the host, as with a file that the server cannot read."""
+        request.refusals += 1
+        others = self.answers - request.answers
+        lone = request.refusals > 1 and others >= LONE
+        if others and not lone:
+            # Keep retrying as long as the host answers others
+            request.attempts = 0
+        return lone
 
     def route_failed(self, host, route, error, now):
         """The host cannot be reached by route, and trying again would not help. Returns the error for requests of that route."""

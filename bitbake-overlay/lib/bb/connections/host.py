@@ -22,34 +22,23 @@ import asyncio
 
 from bb.connections import (Cancelled, Changed, ConnectError, ConnectionCacheError, Disagreement, Disconnected,
                             IdleClosed, ProtocolError, RefusedError, TimedOutError)
-from bb.connections.health import Health
+from bb.connections.health import Health, Statistics
 from bb.connections.pipelining import TRIAL_TIMEOUT, Pipelining
 from bb.connections.requestqueue import RequestQueue
 
 # Attempts for a request, and if they time out
 ATTEMPTS = 4
 TIMEOUT_ATTEMPTS = 2
-# A request that is refused twice, while so many others are answered in between, is refused for a reason of its own
-LONE = 32
 # Seconds until an unused connection is closed, and one that was never used: servers close those sooner
 IDLE = 60
 UNUSED = 5
 # Round trips of a login, to estimate a round trip from it
 LOGIN = 12
-# Bytes that are assumed for a body of unknown size, most of which are siginfos; and bytes of bodies in flight on a
-# connection, if there is more than one
-UNKNOWN_BODY = 64 * 1024
+# Bytes of bodies in flight on a connection, if there is more than one
 MAX_BODIES = 1024 * 1024
 # Requests in flight on a connection to begin with, where a trial is needed and where not
 DEPTH = 8
 UNTRIED_DEPTH = 64
-
-
-class Statistics:
-    """Counters of a host in a build"""
-
-    def __init__(self):
-        self.requests = self.connections = self.retries = self.refusals = self.files = self.bytes = 0
 
 
 class Host:
@@ -175,19 +164,19 @@ class Host:
             # A server answers many requests at once if they arrive at once, and so few system calls are needed
             return
         room = min(room, self._share(connection, queue))
-        bodies = sum(map(weight, connection.in_flight))
-        unknown = any(map(is_unknown, connection.in_flight))
+        bodies = sum(request.body_size() for request in connection.in_flight)
+        unknown = any(request.is_unknown for request in connection.in_flight)
         taken = []
         while room > 0 and queue:
             if queue.head.cancelled:
                 self._pool.finish(queue.pop(), None, Cancelled("the answer is not needed any more"))
                 continue
-            if self._http and is_unknown(queue.head):
+            if self._http and queue.head.is_unknown:
                 if unknown:
                     # Nothing would tell if the answers to the two were mixed up
                     break
                 unknown = True
-            bodies += weight(queue.head)
+            bodies += queue.head.body_size()
             if (taken or connection.in_flight) and bodies > MAX_BODIES and queue.head.fd is not None:
                 break
             taken.append(queue.pop())
@@ -226,7 +215,8 @@ class Host:
         if not self._serial or queue.head.fd is not None or queue.last.fd is not None:
             return True
         # A login takes long, and sshd may refuse each. Of sessions that are busy with files nothing is known.
-        sessions = sum(not any(map(weight, connection.in_flight)) for connection in self._of_route(route))
+        sessions = sum(not any(request.fd is not None for request in connection.in_flight)
+                       for connection in self._of_route(route))
         return not sessions or len(queue) * self._latency > sessions * self.health.depth * self._login
 
     def _has_place(self, route, queue):
@@ -384,7 +374,7 @@ class Host:
         lone = False
         if isinstance(error, RefusedError):
             self.statistics.refusals += 1
-            lone = request is not None and self._is_lone(request)
+            lone = request is not None and self.health.is_lone(request)
         if isinstance(error, (RefusedError, ConnectError, TimedOutError)) and not lone:
             suspended = self.health.failed(self.origin.host, error, started, self._loop.time())
             if suspended:
@@ -407,24 +397,3 @@ class Host:
                 self.submit([request])
             else:
                 self._put_back([request])
-
-    def _is_lone(self, request):
-        """request has been refused. Whether this says nothing about the host, as with a file that the server cannot read."""
-        request.refusals += 1
-        others = self.health.answers - request.answers
-        lone = request.refusals > 1 and others >= LONE
-        if others and not lone:
-            # Keep retrying as long as the host answers others
-            request.attempts = 0
-        return lone
-
-
-def is_unknown(request):
-    """Whether request is for a file about which no HEAD has been answered"""
-    return request.fd is not None and request.size is None
-
-def weight(request):
-    """Bytes of the body that request leads to"""
-    if request.fd is None:
-        return 0
-    return UNKNOWN_BODY if is_unknown(request) else request.size

@@ -38,6 +38,9 @@ MISSING = ABSENT + (401, 403, 405)
 # Longest decimal number that is accepted as the size of a file
 MAX_DIGITS = 18
 
+# Bytes that are assumed for a body of unknown size, most of which are siginfos
+UNKNOWN_BODY = 64 * 1024
+
 # 0: ssh's own configuration selects the port
 DEFAULT_PORTS = {"http": 80, "https": 443, "sftp": 0}
 
@@ -166,6 +169,17 @@ class Request:
             except OSError as e:
                 raise unwritable(e) from e
         self.received = 0
+
+    @property
+    def is_unknown(self):
+        """Whether it is a GET of a file about which no HEAD has been answered"""
+        return self.fd is not None and self.size is None
+
+    def body_size(self):
+        """Bytes of the body to expect"""
+        if self.fd is None:
+            return 0
+        return UNKNOWN_BODY if self.size is None else self.size
 
     def redirect(self, location):
         """Continue at location. Raises ValueError if that is not possible here."""

@@ -106,23 +106,16 @@ class SSH:
         return ConnectError("cannot connect to %s: %s" % (self._origin.host, reason), retryable)
 
     async def error(self):
-        """Returns the error for an end of ssh before the session was established"""
-        text = await self.last_message()
-        if PERMANENT.search(text):
-            return self.connect_error(text, False)
-        if REFUSED.search(text):
-            return RefusedError("%s: %s" % (self._origin.host, text))
-        return self.connect_error(text, True)
-
-    async def last_message(self):
-        """Returns why ssh has ended: the most specific one of its messages, in one line"""
+        """Returns the error for an end of ssh before the session was established, with the most specific of its messages"""
         await self._ends_within(MESSAGE_GRACE)
-        lines = [printable(line) for line in self._messages.splitlines() if line.strip()]
-        for pattern in (PERMANENT, REFUSED):
-            for line in reversed(lines):
-                if pattern.search(line):
-                    return line
-        return lines[-1] if lines else "ssh has ended with status %s" % self._process.poll()
+        lines = [printable(line) for line in reversed(self._messages.splitlines()) if line.strip()]
+        for line in lines:
+            if PERMANENT.search(line):
+                return self.connect_error(line, False)
+        for line in lines:
+            if REFUSED.search(line):
+                return RefusedError("%s: %s" % (self._origin.host, line))
+        return self.connect_error(lines[0] if lines else "ssh has ended with status %s" % self._process.poll(), True)
 
     async def _ends_within(self, seconds):
         try:

@@ -25,7 +25,7 @@ class Transfer:
     failure     (response, error) that a READ has led to, or None
     queued      it is in the session's queue of transfers to send a READ for
     """
-    __slots__ = ("request", "handle", "size", "asked", "failure", "queued", "_segments")
+    __slots__ = ("request", "handle", "size", "asked", "failure", "queued")
 
     def __init__(self, request):
         self.request = request
@@ -34,8 +34,6 @@ class Transfer:
         self.asked = 0
         self.failure = None
         self.queued = False
-        # {begin: end} of what has been written behind a gap
-        self._segments = {}
 
     def next_read(self, guess, largest):
         """How many bytes to ask for at offset asked, 0 for none. Before the size is known there is one READ of guess."""
@@ -47,19 +45,14 @@ class Transfer:
 
     def write(self, data, offset):
         """Write a memoryview. Raises DestinationError."""
-        end = offset + len(data)
+        size = len(data)
         try:
             while data:
-                written = os.pwrite(self.request.fd, data, end - len(data))
-                data = data[written:]
+                data = data[os.pwrite(self.request.fd, data, offset + size - len(data)):]
         except OSError as e:
             raise unwritable(e) from e
-        if offset != self.request.received:
-            self._segments[offset] = end
-            return
-        while end in self._segments:
-            end = self._segments.pop(end)
-        self.request.received = end
+        # The ranges of READs are disjoint, so that their sum tells whether the file is complete
+        self.request.received += size
 
     def received(self, offset, size, got, at_end):
         """
