@@ -94,6 +94,15 @@ class Asking:
             asked[-1].wait()
         return asked
 
+    def error_of_read_only_file(self, url, folder):
+        """The error of a GET whose descriptor is of a file in folder and cannot be written to"""
+        (folder / "file").write_bytes(b"")
+        asked = Asked("GET", url)
+        with open(folder / "file", "rb") as file:
+            asked.request.fd = file.fileno()
+            self.submit(asked)
+            return asked.error()
+
     def count(self, name):
         """The sum of a counter over all hosts"""
         return sum(getattr(one, name) for one in self.server.statistics().values())

@@ -263,12 +263,7 @@ def test_name_that_cannot_be_looked_up(asking):
 
 def test_file_that_cannot_be_written(peer, asking, tmp_path):
     there = peer(peers.keep_alive)
-    (tmp_path / "file").write_bytes(b"")
-    one = Asked("GET", there.url())
-    with open(tmp_path / "file", "rb") as f:
-        one.request.fd = f.fileno()
-        asking.submit(one)
-        assert one.error().kind == "destination"
+    assert asking.error_of_read_only_file(there.url(), tmp_path).kind == "destination"
     assert asking.one_by_one("GET", [there.url()])[0].status() == 200
 
 

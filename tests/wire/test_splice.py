@@ -238,12 +238,7 @@ def test_python_without_splice(peer, asking, monkeypatch):
 
 def test_file_that_cannot_be_written(peer, asking, spliced, tmp_path):
     there = peer(peers.serve({"/x": LONG, "/y": b"y"}))
-    (tmp_path / "file").write_bytes(b"")
-    one = Asked("GET", there.url())
-    with open(tmp_path / "file", "rb") as f:
-        one.request.fd = f.fileno()
-        asking.submit(one)
-        assert one.error().kind == "destination"
+    assert asking.error_of_read_only_file(there.url(), tmp_path).kind == "destination"
     assert asking.ask("GET", [there.url("/y")])[0].status() == 200
     assert asking.count("retries") == 0
 
