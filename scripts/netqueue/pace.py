@@ -119,14 +119,13 @@ class NewCore(Core):
         self.sizes = dict(zip(self.requests, sizes))
         if method == "HEAD":
             # In a build each is asked once
-            self.server._pool._answers.clear()
+            self.server.pool._answers.clear()
 
     def ask(self):
         self.server.submit(self.requests, self.answered, first=True)
         deadline = time.monotonic() + SECONDS
         while self.sizes:
-            self.server.wait(1)
-            self.server.deliver()
+            self.server.deliver(1)
             if time.monotonic() > deadline:
                 sys.exit("no answer within %d s" % SECONDS)
 

@@ -50,7 +50,7 @@ def add_options(parser):
                         help="BB_CONNECTION_CACHE_MAX (default: %(default)s)")
     parser.add_argument("--files", type=positive, default=4000, metavar="N", help="small files (default: %(default)s)")
     parser.add_argument("--size", type=positive, default=4096, metavar="N",
-                        help="bytes of a small file (default: %(default)s)")
+                        help="bytes of the smallest file, each other has one more (default: %(default)s)")
     parser.add_argument("--large-files", type=positive, default=8, metavar="N", help="large files (default: %(default)s)")
     parser.add_argument("--large-size", type=positive, default=40, metavar="N",
                         help="MiB of a large file (default: %(default)s)")
@@ -75,7 +75,8 @@ def run(options):
 def measure(options, libs, work):
     """{(mode, name of the tree): [what pace.py says of each turn]}"""
     modes = [mode for mode in MODES if mode in (options.mode or MODES)]
-    sizes = {"small": [options.size] * options.files, "large": [options.large_size * MIB] * options.large_files}
+    # As in reality they differ: what looks alike is not in flight together on an HTTP connection
+    sizes = {"small": [options.size + number for number in range(options.files)], "large": [options.large_size * MIB] * options.large_files}
     root = make_files(work / "files", sizes)
     folder = work / "fetched"
     folder.mkdir()

@@ -141,7 +141,7 @@ def ask_at_once(objects, d, connections, scheme):
 
     asking._done = done
     sizes = asking.run(objects, lambda done: None)
-    for host in asking.silent():
+    for host in asking.unanswered():
         sys.exit("%s did not answer for %d of %d objects: %s" % (host.origin.host, host.unanswered, host.asked, host.reason))
 
     def stop():

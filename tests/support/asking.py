@@ -72,8 +72,7 @@ class Asking:
 
     def _deliver(self):
         while not self._ended:
-            self.server.wait(SECONDS)
-            self.server.deliver()
+            self.server.deliver(SECONDS)
 
     def submit(self, *asked, first=True):
         """Submit all in one batch"""
@@ -105,7 +104,11 @@ class Asking:
 
     def count(self, name):
         """The sum of a counter over all hosts"""
-        return sum(getattr(one, name) for one in self.server.statistics().values())
+        return sum(getattr(host.statistics, name) for host in self.server.pool.hosts.values())
+
+    def troubles(self):
+        """[(name of a host, reason)] of those that have been suspended"""
+        return [(host.origin.host, host.health.trouble) for host in self.server.pool.hosts.values() if host.health.trouble]
 
     def stop(self):
         """Returns whether everything has ended. What was left is answered then."""

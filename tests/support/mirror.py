@@ -30,12 +30,13 @@ NEVER = None
 
 class Mirror:
     """
-    answer(request) returns a Response, an error that ends the connection, (None, error of this request), or NEVER;
+    answer(request) returns a function which is called with the connection, a Response, an error that ends the connection, (None, error of this request), or NEVER;
     connecting(route) raises an error if there is no connection. login and latency are seconds, of an answer to all that
-    is in flight then.
+    is in flight then; each are those that each connection needs for one answer after the other, size its bytes.
 
     made, open, peak    connections so far, now, and at most
     attempts            to connect, with those that have failed
+    connections         those so far
     urls                that were asked for, in this order
     sends               how many requests were sent at once, each time
     log                 (time, url)
@@ -46,7 +47,9 @@ class Mirror:
         self.connecting = lambda route: None
         self.login = 0.001
         self.latency = 0.01
+        self.each = self.size = 0
         self.made = self.open = self.peak = self.attempts = 0
+        self.connections = []
         self.urls = []
         self.sends = []
         self.log = []
@@ -57,6 +60,7 @@ class Mirror:
         await asyncio.sleep(self.login)
         self.connecting(route)
         connection = self.kind(loop, owner, origin, route, timeout)
+        self.connections.append(connection)
         connection.connection_made(PretendedTransport(self))
         return connection
 
@@ -88,10 +92,25 @@ class PretendedConnection(Connection):
         self.loop.call_later(self.mirror.latency, self.updated)
 
     def parse(self):
+        ready = 0
         while True:
             yield
             while self.in_flight:
+                if self.mirror.each:
+                    now = self.loop.time()
+                    if now < ready:
+                        break
+                    if ready < self.in_flight[0].sent + self.mirror.latency:
+                        ready = now + self.mirror.each
+                    else:
+                        ready += self.mirror.each
+                    self.loop.call_at(ready, self.updated)
+                    if now < self.in_flight[0].sent + self.mirror.latency + self.mirror.each:
+                        break
+                self.arrived += self.mirror.size
                 answer = self.mirror.answer(self.in_flight[0])
+                if callable(answer):
+                    answer = answer(self)
                 if answer is NEVER:
                     break
                 if isinstance(answer, ConnectionCacheError):
@@ -104,12 +123,12 @@ class PretendedConnection(Connection):
 class Simulation:
     """A Pool of connections to one or more mirrors: {scheme: Mirror}"""
 
-    def __init__(self, mirror, limit=4, timeout=100, **mirrors):
+    def __init__(self, mirror, limit=4, timeout=100, most=None, **mirrors):
         mirrors = dict({"http": mirror, "https": mirror}, **mirrors)
         self.loop = VirtualLoop()
         self.errors = []
         self.loop.set_exception_handler(lambda loop, context: self.errors.append(context))
-        self.pool = Pool(self.loop, limit, timeout, {scheme: (one.connect, one.kind) for scheme, one in mirrors.items()})
+        self.pool = Pool(self.loop, limit, most or limit, timeout, {scheme: (one.connect, one.kind) for scheme, one in mirrors.items()})
         self.asked = []
         self._answered = asyncio.Event()
 

@@ -25,8 +25,8 @@ SECONDS = 120
 Summary = collections.namedtuple("Summary", "objects mib seconds requests connections retries refusals")
 Entry = collections.namedtuple("Entry", "mode mtime_ns digest")
 
-_SUMMARY = re.compile(r"^NOTE: Sstate network: (\d+) objects, ([\d.]+) MiB in ([\d.]+) s, (\d+) requests over "
-                      r"(\d+) connections \((\d+) retries, (\d+) refusals\)$", re.MULTILINE)
+_SUMMARY = re.compile(r"^NOTE: Sstate network: (\d+) objects?, ([\d.]+) MiB in ([\d.]+) s, (\d+) requests? over "
+                      r"(\d+) connections? \((\d+) retr(?:y|ies), (\d+) refusals?\)$", re.MULTILINE)
 
 
 def restore(build, *targets):

@@ -14,6 +14,7 @@
 import email.utils
 import os
 import threading
+import time
 import urllib.parse
 
 from wire.peers import Peer
@@ -56,6 +57,7 @@ class FaultyMirror:
         self.fault = fault
         self.pipelined = pipelined
         self._closer = None
+        self._earlier = []
         self.peer = Peer(self._script)
 
     def __enter__(self):
@@ -64,15 +66,22 @@ class FaultyMirror:
     def __exit__(self, *exception):
         if self._closer:
             self._closer.join()
-        else:
+        if not self._closer or self._earlier:
             self.peer.close()
 
-    def die(self):
-        """Close the port and all connections. For a fault, which returns CLOSE then."""
+    def die(self, seconds=None):
+        """Close the port and all connections, for so many seconds or for ever. For a fault: that returns CLOSE."""
         if not self._closer:
             # It waits for the thread that calls this
-            self._closer = threading.Thread(target=self.peer.close)
+            self._closer = threading.Thread(target=self._leave, args=(seconds,))
             self._closer.start()
+
+    def _leave(self, seconds):
+        self.peer.close()
+        if seconds is not None:
+            time.sleep(seconds)
+            self._earlier += self.peer.requests
+            self.peer = Peer(self._script, port=self.peer.port)
 
     @property
     def url(self):
@@ -80,7 +89,7 @@ class FaultyMirror:
 
     @property
     def requests(self):
-        return self.peer.requests
+        return self._earlier + self.peer.requests
 
     def asked(self, method, recipe):
         """The requests with this method for the archive of a recipe"""

@@ -271,6 +271,7 @@ def test_nothing_is_fetched(arguments, any_mirror, make_build, patched_tree):
     result = build.run([*arguments, "demo-all"], SECONDS)
     assert (result.returncode, result.left, problems(result.output)) == (0, 0, [])
     assert gets(server) == [] and build.restored() == []
+    assert summary(result.output) is None
 
 
 def test_what_is_local_is_not_fetched(any_mirror, mirror_files, telling, patched_tree):

@@ -5,8 +5,8 @@
 import pytest
 
 from bb.connections import ConnectError, RefusedError, TimedOutError
-from bb.connections.health import (MAX_DEPTH, MAX_FAILURES, MAX_PAUSE, MAX_REFUSALS, PATIENCE, PAUSE, RISE_AFTER, SUSPENSION,
-                                   Health)
+from bb.connections.health import (AWAY, MAX_DEPTH, MAX_PAUSE, MAX_SUSPENSION, PAUSE, RISE_AFTER, SUSPENSION, UNREACHABLE,
+                                   UNREACHABLE_SSH, UNWILLING, Health)
 
 HOST = "mirror.example"
 ROUTE = "a route"
@@ -20,29 +20,43 @@ UNTRUSTED = ConnectError("certificate", retryable=False)
 
 @pytest.fixture
 def health():
-    return Health(4, 8)
+    return Health(HOST, 4, 8)
 
 
-def fail(health, error, times, now=0.0, every=PATIENCE):
-    """Fail so many attempts, each of which begins every so many seconds and fails at once. Returns what the last one did."""
-    for i in range(times):
-        outcome = health.failed(HOST, error, now + i * every, now + i * every)
+def fail(health, error, times, now=0.0):
+    """Fail so many attempts in a row, each of which begins when it may, and fails at once. Returns what the last one did."""
+    for _ in range(times):
+        now = max(now, health.paused_until)
+        outcome = health.failed(error, now, now)
     return outcome
+
+
+def fail_for_good(health, error, now=0.0):
+    """Fail until the host is suspended. Returns (error for all, when that was)."""
+    for _ in range(1000):
+        now = max(now, health.paused_until)
+        outcome = health.failed(error, now, now)
+        if outcome:
+            return outcome, now
+    raise AssertionError("it is never suspended")
 
 
 def test_new_host(health):
     assert (health.limit, health.depth, health.paused_until, health.trouble) == (4, 8, 0, None)
     assert health.is_healthy(ROUTE)
     assert health.suspended(ROUTE, 0) is None
+    assert health.pace.rate is None
 
 
 @pytest.mark.parametrize("error", [BUSY, NOBODY, SILENT])
 def test_pauses_double(health, error):
+    health.answered(1, 0)
     now = 100.0
-    for doubled in range(MAX_FAILURES - 1):
-        assert health.failed(HOST, error, now, now) is None
+    for doubled in range(8):
+        assert health.failed(error, now, now) is None
         pause = health.paused_until - now
-        assert PAUSE * 2 ** doubled / 2 <= pause <= PAUSE * 2 ** doubled
+        longest = min(PAUSE * 2 ** doubled, MAX_PAUSE)
+        assert longest / 2 <= pause <= longest
         now = health.paused_until
 
 
@@ -50,76 +64,127 @@ def test_pauses_differ():
     """So that the builds of one office do not return together."""
     pauses = set()
     for _ in range(20):
-        health = Health(4, 8)
-        health.failed(HOST, BUSY, 0, 0)
+        health = Health(HOST, 4, 8)
+        health.failed(BUSY, 0, 0)
         pauses.add(health.paused_until)
     assert len(pauses) > 1
 
 
 @pytest.mark.parametrize("asked, least, most", [(7, 7, 7), (0, PAUSE / 2, PAUSE), (None, PAUSE / 2, PAUSE),
-                                                (86400, MAX_PAUSE, MAX_PAUSE)])
+                                                (UNWILLING, UNWILLING, UNWILLING)])
 def test_retry_after(health, asked, least, most):
-    assert health.failed(HOST, RefusedError("busy", asked), 0, 0) is None
+    assert health.failed(RefusedError("busy", asked), 0, 0) is None
     assert least <= health.paused_until <= most
+    assert health.retry_after == (asked or None)
+    health.answered(1, 20)
+    assert health.retry_after is None
+
+
+@pytest.mark.parametrize("answers, asked, seconds", [
+    (0, UNWILLING + 1, SUSPENSION), (0, 100, 100), (0, 86400, MAX_SUSPENSION), (5, AWAY + 1, AWAY + 1),
+])
+def test_retry_after_beyond_all_patience(health, answers, asked, seconds):
+    """The host is suspended at once, as it wants."""
+    health.answered(answers, 0)
+    error = health.failed(RefusedError("busy", asked), 10, 10)
+    assert "suspended for %d seconds" % seconds in str(error)
+    assert health.paused_until == 10 + seconds
 
 
 def test_a_short_pause_does_not_end_a_longer_one(health):
-    health.failed(HOST, RefusedError("busy", 50), 0, 0)
-    health.failed(HOST, RefusedError("busy", 1), 0, 1)
-    assert health.paused_until == 50
+    health.failed(RefusedError("busy", 10), 0, 0)
+    health.failed(RefusedError("busy", 1), 0, 1)
+    assert health.paused_until == 10
 
 
-@pytest.mark.parametrize("error", [BUSY, NOBODY, SILENT])
-def test_half_of_the_connections_and_of_the_depth(health, error):
+def test_half_of_the_connections_after_refusals(health):
+    """Other failures say nothing about their number."""
     found = []
     for now in range(4):
-        health.failed(HOST, error, now, now)
+        health.failed(BUSY, now, now)
         found.append((health.limit, health.depth))
-    assert found == [(2, 4), (1, 2), (1, 1), (1, 1)]
+    assert found == [(2, 8), (1, 8), (1, 8), (1, 8)]
+    for error in (NOBODY, SILENT):
+        health = Health(HOST, 4, 8)
+        fail(health, error, 3)
+        assert (health.limit, health.depth, health.pace.rate) == (4, 8, None)
 
 
 def test_what_was_under_way_is_part_of_the_same_failure(health):
     """Sixty requests in flight that are refused together count once."""
     for _ in range(60):
-        assert health.failed(HOST, NOBODY, 0, 5) is None
-    assert (health.limit, health.depth) == (2, 4)
+        assert health.failed(BUSY, 0, 5) is None
+    assert health.limit == 2
     assert health.paused_until <= 5 + PAUSE
     assert not health.is_new(4.9)
     assert health.is_new(5)
 
 
-def test_both_rise_again_with_answers(health):
+def test_limit_rises_with_answers(health):
+    """Each failure later than the first in a row does not double the answers that are needed; the first did."""
     fail(health, BUSY, 3)
+    needed = 2 * RISE_AFTER
+    found = []
+    for i in range(5):
+        health.answered(needed - 1, i)
+        before = health.limit
+        health.answered(1, i)
+        found.append((before, health.limit))
+    assert found == [(1, 2), (2, 3), (3, 4), (4, 4), (4, 4)]
+    assert (health.answers, health.answered_at) == (5 * needed, 4)
+
+
+def test_refused_again_and_again(health):
+    """Each time twice as many answers are needed until the limit is tested again."""
+    for needed in (2 * RISE_AFTER, 4 * RISE_AFTER, 8 * RISE_AFTER):
+        fail(health, BUSY, 1, now=1000 * needed)
+        before = health.limit
+        health.answered(needed - 1, 0)
+        assert health.limit == before
+        health.answered(1, 0)
+        assert health.limit == before + 1
+
+
+def test_depth_rises_where_connections_run_dry(health):
+    """Answers alone say nothing: where each takes its time depth would not help."""
+    health.answered(10 * RISE_AFTER, 0)
+    assert health.depth == 8
     found = []
     for _ in range(5):
-        health.answered(RISE_AFTER - 1)
-        before = health.limit, health.depth
-        health.answered(1)
-        found.append((before, (health.limit, health.depth)))
-    assert found == [((1, 1), (2, 2)), ((2, 2), (3, 4)), ((3, 4), (4, 8)), ((4, 8), (4, 16)), ((4, 16), (4, 32))]
-    assert health.answers == 5 * RISE_AFTER
+        health.ran_dry()
+        found.append(health.depth)
+    assert found == [16, 32, MAX_DEPTH, MAX_DEPTH, MAX_DEPTH]
 
 
-def test_depth_has_a_limit(health):
-    for _ in range(20):
-        health.answered(RISE_AFTER)
-    assert (health.limit, health.depth) == (4, MAX_DEPTH)
+@pytest.mark.parametrize("most, limit", [(8, 8), (4, 4), (2, 2)])
+def test_number_of_connections_that_is_allowed(health, most, limit):
+    health.allow(most)
+    assert (health.most, health.limit) == (most, limit)
 
 
 def test_answers_end_a_row_of_failures(health):
-    fail(health, NOBODY, MAX_FAILURES - 1)
+    health.answered(1, 0)
+    fail(health, NOBODY, 5)
     assert not health.is_healthy(ROUTE)
-    health.answered(1)
+    now = health.paused_until
+    health.answered(1, now)
     assert health.is_healthy(ROUTE)
-    assert fail(health, NOBODY, MAX_FAILURES - 1, now=1000) is None
+    assert health.failed(NOBODY, now + AWAY, now + AWAY) is None
+    assert health.paused_until - now - AWAY <= PAUSE, "the first pause again"
 
 
-@pytest.mark.parametrize("error, most", [(BUSY, MAX_REFUSALS), (NOBODY, MAX_FAILURES), (SILENT, MAX_FAILURES)])
-def test_suspension(health, error, most):
-    assert fail(health, error, most - 1) is None
+@pytest.mark.parametrize("error, answers, login, patience", [
+    (BUSY, 0, False, UNWILLING), (SILENT, 0, False, UNWILLING), (NOBODY, 0, False, UNREACHABLE),
+    (BUSY, 0, True, UNWILLING), (SILENT, 0, True, UNWILLING), (NOBODY, 0, True, UNREACHABLE_SSH),
+    (BUSY, 1, False, AWAY), (SILENT, 1, False, AWAY), (NOBODY, 1, False, AWAY), (NOBODY, 1, True, AWAY),
+])
+def test_suspension(error, answers, login, patience):
+    health = Health(HOST, 4, 8, login)
+    health.answered(answers, 50)
     assert health.trouble is None
-    now = most * PATIENCE
-    suspended = health.failed(HOST, error, now, now)
+    suspended, now = fail_for_good(health, error, 100)
+    # The last attempt is at the end
+    assert now == 100 + patience
     assert str(suspended) == "%s is suspended for %s seconds: %s" % (HOST, SUSPENSION, error)
     assert isinstance(suspended, RefusedError if error is BUSY else ConnectError)
     assert error is BUSY or not suspended.retryable
@@ -130,41 +195,51 @@ def test_suspension(health, error, most):
     for route in (ROUTE, OTHER):
         assert health.suspended(route, now + SUSPENSION - 0.1) is suspended
         assert health.suspended(route, now + SUSPENSION) is None
+        assert not health.is_healthy(route)
 
 
-def test_host_that_is_restarted_is_not_suspended(health):
-    """However often it fails within PATIENCE seconds."""
-    for i in range(3 * MAX_REFUSALS):
-        now = i * PATIENCE / (3 * MAX_REFUSALS)
-        assert health.failed(HOST, NOBODY, now, now) is None
-    assert health.failed(HOST, NOBODY, PATIENCE, PATIENCE)
-
-
-def test_one_long_failure_is_not_many(health):
-    """A time-out takes longer than PATIENCE, but may be that of one file."""
-    assert health.failed(HOST, SILENT, 0, 100) is None
-    assert health.failed(HOST, SILENT, 100, 200) is None
+def test_failure_that_lasts_long_itself(health):
+    """What counts is since when it fails, not how often."""
+    assert health.failed(SILENT, 0, UNWILLING - 1) is None
+    assert health.failed(SILENT, UNWILLING - 1, UNWILLING)
+    assert Health(HOST, 4, 8).failed(SILENT, 0, UNWILLING)
 
 
 def test_failed_probe_suspends_again_at_once(health):
-    fail(health, NOBODY, MAX_FAILURES)
+    fail_for_good(health, NOBODY)
     now = health.paused_until
-    assert health.failed(HOST, NOBODY, now, now)
+    assert health.failed(NOBODY, now, now)
     assert health.paused_until == now + SUSPENSION
 
 
 def test_successful_probe_ends_the_suspension(health):
-    fail(health, NOBODY, MAX_FAILURES)
+    fail_for_good(health, NOBODY)
     now = health.paused_until
-    health.answered(1)
+    health.answered(1, now)
     assert health.is_healthy(ROUTE)
     assert health.limit == 1, "one connection to begin with"
-    assert health.failed(HOST, NOBODY, now, now) is None
+    assert health.failed(NOBODY, now, now) is None
     assert health.trouble == "nobody there", "it is reported at the end of the build even so"
 
 
+def test_paced_host_is_not_paused_for_one_refusal(health):
+    """The lower rate is enough, unless it asks for a pause, or goes on."""
+    health.answered(50, 1)
+    health.failed(BUSY, 1, 1)
+    assert health.pace.rate is not None
+    health.answered(50, 2)
+    now, rate = health.paused_until + 2, health.pace.rate
+    assert health.failed(BUSY, now, now) is None
+    assert health.paused_until < now and health.pace.rate < rate
+    health.failed(BUSY, now, now)
+    assert health.paused_until > now
+    health.answered(50, now + 10)
+    health.failed(RefusedError("busy", 5), now + 10, now + 10)
+    assert health.paused_until == pytest.approx(now + 15)
+
+
 def test_route_that_cannot_be_used(health):
-    error = health.route_failed(HOST, ROUTE, UNTRUSTED, 5)
+    error = health.suspend(ROUTE, UNTRUSTED, 5)
     assert "certificate" in str(error) and not error.retryable
     assert health.suspended(ROUTE, 5 + SUSPENSION - 0.1) is error
     assert health.suspended(OTHER, 5) is None
@@ -179,11 +254,12 @@ def test_route_that_cannot_be_used(health):
 
 
 def test_at_limit(health):
-    """A proxy, or an sshd, allows only so many connections: answers do not raise the limit above that."""
+    """A proxy, or an sshd, allows only so many connections: that is tested again after many answers."""
     health.at_limit(2)
     assert health.limit == 2
-    for _ in range(10):
-        health.answered(RISE_AFTER)
+    health.answered(2 * RISE_AFTER - 1, 0)
     assert health.limit == 2
+    health.answered(1, 0)
+    assert health.limit == 3
     health.at_limit(0)
     assert health.limit == 1

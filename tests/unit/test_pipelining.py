@@ -9,8 +9,9 @@ import collections
 
 import pytest
 
-from bb.connections import Disagreement, Disconnected, ProtocolError
-from bb.connections.pipelining import ENOUGH, INCONCLUSIVE, KEEPALIVE_FROM, MIN_REQUESTS, STRIKES, Pipelining
+from bb.connections import Disconnected, ProtocolError
+from bb.connections.pipelining import (ENOUGH, INCONCLUSIVE, KEEPALIVE_FROM, MAX_BODIES, MIN_REQUESTS, SMALL_BODIES, STRIKES,
+                                       Load, Pipelining)
 from bb.connections.request import Request, Response
 from bb.connections.requestqueue import RequestQueue
 
@@ -95,16 +96,9 @@ def test_trial_is_as_deep_as_what_follows(pipelining):
     assert len(begin(pipelining, found(), number=100).requests) == DEPTH
 
 
-def test_one_trial_at_a_time(pipelining):
-    assert begin(pipelining, found())
-    assert begin(pipelining, found()) is None
-
-
-@pytest.mark.parametrize("response, connection", [
-    (Response(500, {}, 0), Connection()), (Response(403, {}, 0), Connection()), (found(), Connection(in_flight=1)),
-])
-def test_no_trial_now(pipelining, response, connection):
-    assert begin(pipelining, response, connection=connection) is None
+@pytest.mark.parametrize("status", [500, 403, 204])
+def test_no_trial_now(pipelining, status):
+    assert begin(pipelining, Response(status, {}, 0)) is None
     assert begin(pipelining, found())
 
 
@@ -125,10 +119,18 @@ def test_too_few_questions_for_a_trial(pipelining, requests):
     assert list(queue) == requests, "in the old order"
 
 
+def test_answer_after_a_redirect(pipelining):
+    """On the connection to the host where it has led to, it is as good as others."""
+    known = Request("HEAD", "http://other.example/", {})
+    known.redirect(URL + "x")
+    assert pipelining.trial(Connection(), (known, found(), None), queue_of([head(str(i)) for i in range(9)]), DEPTH)
+
+
 @pytest.mark.parametrize("name", ["redirected", "GET", "error"])
 def test_answer_that_is_no_use_for_a_trial(pipelining, name):
     known = Request("GET", URL, {}) if name == "GET" else head("known")
-    known.redirects = name == "redirected"
+    if name == "redirected":
+        known.redirect("http://other.example/")
     answer = known, found(), ProtocolError("odd") if name == "error" else None
     assert pipelining.trial(Connection(), answer, queue_of([head(str(i)) for i in range(9)]), DEPTH) is None
 
@@ -224,7 +226,7 @@ def proven(pipelining):
 
 def test_next_connection_begins_with_one_request(proven):
     """RFC 9112 9.3.2"""
-    proven.broken(Connection(in_flight=5), Disconnected("closed"))
+    proven.broken(Connection(in_flight=5, served=50))
     assert proven.room(Connection(served=0), DEPTH) == 1
     assert proven.room(Connection(served=1), DEPTH) == DEPTH
     assert proven.room(Connection(served=0), DEPTH) == DEPTH
@@ -234,20 +236,41 @@ def test_next_connection_begins_with_one_request(proven):
 def test_strikes(proven, served, ends):
     """Connections that break soon, one after the other. One that has answered enough is no fault of pipelining."""
     for _ in range(STRIKES):
-        proven.broken(Connection(in_flight=5, served=served), ProtocolError("odd"))
+        proven.broken(Connection(in_flight=5, served=served))
     assert (proven.room(Connection(), DEPTH) == 1) is ends
 
 
-def test_contradiction_ends_it_at_once(proven):
-    proven.broken(Connection(in_flight=5, served=10 * ENOUGH), Disagreement("other size"))
+def test_contradictions_that_were_right_are_no_strikes(proven):
+    """Files have changed since the query: asked for alone they are still others."""
+    for _ in range(5 * STRIKES):
+        proven.broken(Connection(in_flight=5, served=50))
+        proven.forgive()
+    proven.forgive()
+    assert proven.room(Connection(), DEPTH) == DEPTH
+    for _ in range(STRIKES):
+        proven.broken(Connection(in_flight=5, served=50))
+    assert proven.room(Connection(), DEPTH) == 1, "none is forgiven in advance"
+
+
+def test_next_connection_gets_as_many_as_the_last_one_has_answered(proven):
+    """Something cuts each connection after so many bytes."""
+    proven.broken(Connection(in_flight=5, served=3))
+    assert proven.room(Connection(served=0), 64) == 1
+    assert [proven.room(Connection(served=served), 64) for served in (1, 3, 10, 100)] == [3, 3, 10, 64]
+    assert proven.room(Connection(served=10, in_flight=4), 64) == 6
+
+
+def test_server_that_sends_what_belongs_to_no_answer(proven):
+    proven.end()
     assert proven.room(Connection(), DEPTH) == 1
+    assert begin(proven, found()) is None
 
 
 def test_protocol_without_a_trial_goes_on():
     """Its answers have numbers."""
     pipelining = Pipelining(tried=False)
     for _ in range(10):
-        pipelining.broken(Connection(in_flight=5), ProtocolError("odd"))
+        pipelining.broken(Connection(in_flight=5, served=50))
     assert pipelining.room(Connection(), DEPTH) == DEPTH
 
 
@@ -262,3 +285,78 @@ def test_server_that_closes_after_so_many_answers(proven):
 def test_other_ends_say_nothing_about_the_next(proven, connection):
     proven.closed(connection)
     assert proven.room(Connection(served=0), 64) == 64
+
+
+# What may be sent behind what is in flight
+
+def get(name, size=None, etag=None, first=False, alone=False):
+    """A GET of a file, of which a HEAD has told size and etag unless size is None"""
+    request = Request("GET", URL + name, {}, fd=0)
+    if size is not None:
+        request.size, request.validators = size, found(size, etag).validators
+    request.first, request.alone = first, alone
+    return request
+
+
+def admits(in_flight, request, spare=None, tried=True):
+    """spare: whether another connection has no bodies in flight"""
+    return Load(in_flight, tried).admits(request, lambda: spare)
+
+
+@pytest.mark.parametrize("in_flight, request_, admitted", [
+    ([], get("a"), True),
+    ([get("a", 5)], get("b", 6), True),
+    ([get("a", 5, "1")], get("b", 5, "2"), True),
+    ([get("a", 5, "1")], get("b", 5, "1"), False),
+    ([get("a", 5)], get("b", 5), False),
+    ([get("a", 5), get("c", 6)], get("b", 5), False),
+    ([get("a")], get("b"), False),
+    ([get("a", 5, "1")], get("b"), True),
+    ([get("b")], get("a", 5, "1"), True),
+    # Without any validators it may be of the same size
+    ([get("a", 5)], get("b"), False),
+    ([get("b")], get("a", 5), False),
+    ([get("a", 5), get("c", 6, "1")], get("b"), False),
+    ([head("a")], get("b"), True),
+    ([head("a"), head("c")], get("b", 5), True),
+])
+def test_files_that_look_alike_are_never_in_flight_together(in_flight, request_, admitted):
+    """If their bodies were mixed up, nothing would tell."""
+    assert admits(in_flight, request_) is admitted
+    assert admits(in_flight, request_, tried=False), "the answers of sftp have numbers"
+
+
+def test_files_that_look_alike_do_not_get_into_one_load():
+    load = Load([], True)
+    load.add(get("a", 5))
+    assert not load.admits(get("b", 5), lambda: None)
+
+
+@pytest.mark.parametrize("in_flight, request_", [
+    ([head("a")], get("b", 5, alone=True)), ([get("a", 5, alone=True)], head("b")), ([get("a", 5, alone=True)], get("b", 6)),
+])
+def test_alone(in_flight, request_):
+    assert not admits(in_flight, request_)
+    assert admits([], request_)
+
+
+@pytest.mark.parametrize("bodies, size, admitted", [
+    (MAX_BODIES - 10, 10, True), (MAX_BODIES - 10, 11, False), (MAX_BODIES, 1, False), (0, 100 * MAX_BODIES, True),
+])
+def test_bytes_of_bodies_in_flight_are_limited(bodies, size, admitted):
+    assert admits([get("a", bodies)] if bodies else [], get("b", size)) is admitted
+
+
+@pytest.mark.parametrize("bodies, spare, admitted", [
+    (SMALL_BODIES, True, True), (SMALL_BODIES + 1, True, False), (SMALL_BODIES + 1, False, True), (SMALL_BODIES + 1, None, True),
+])
+def test_question_does_not_wait_behind_a_long_body_if_another_connection_has_none(bodies, spare, admitted):
+    assert admits([get("a", bodies)], head("b"), spare) is admitted
+
+
+@pytest.mark.parametrize("first, size, spare, admitted", [
+    (False, SMALL_BODIES + 1, True, True), (False, SMALL_BODIES + 1, False, False), (False, SMALL_BODIES, False, True),
+    (True, SMALL_BODIES + 1, False, True), (False, SMALL_BODIES + 1, None, True),
+])
+def test_long_body_that_nobody_waits_for_leaves_one_connection_free(first, size, spare, admitted):
+    assert admits([], get("a", size, first=first), spare) is admitted

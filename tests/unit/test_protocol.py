@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from bb.connections import protocol
+from bb.connections import ProtocolError, protocol
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def test_message(pair):
 
 def test_end(pair):
     pair[0].close()
-    assert protocol.receive(pair[1]) == (None, None)
+    with pytest.raises(ConnectionResetError):
+        protocol.receive(pair[1])
 
 
 def test_descriptor(pair, tmp_path):
@@ -70,7 +71,7 @@ def test_longest_message(pair):
 def test_what_is_no_message(pair, data, tmp_path, open_files):
     with open(tmp_path / "file", "wb") as f:
         send_fds(pair[0], data, [f.fileno()])
-        with pytest.raises(ValueError):
+        with pytest.raises(ProtocolError):
             protocol.receive(pair[1])
 
 
@@ -78,5 +79,5 @@ def test_what_is_no_message(pair, data, tmp_path, open_files):
 def test_too_many_descriptors(pair, number, tmp_path, open_files):
     with open(tmp_path / "file", "wb") as f:
         send_fds(pair[0], b'{"id": 1}', [f.fileno()] * number)
-        with pytest.raises(ValueError):
+        with pytest.raises(ProtocolError):
             protocol.receive(pair[1])

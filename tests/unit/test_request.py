@@ -22,6 +22,11 @@ def make(url, environment=None, **members):
     ("https://mirror.example", ("https", "mirror.example", 443, ""), "/"),
     ("https://user:secret@mirror.example:8443/x", ("https", "mirror.example", 8443, "user"), "/x"),
     ("http://[::1]:8080/x", ("http", "::1", 8080, ""), "/x"),
+    ("HTTP://mirror.example:/?d=e", ("http", "mirror.example", 80, ""), "/?d=e"),
+    ("http://mirror.example?d=e", ("http", "mirror.example", 80, ""), "/?d=e"),
+    ("http://us@er:se@cr:et@mirror.example/x", ("http", "mirror.example", 80, "us@er"), "/x"),
+    ("sftp://us%40er@[::1]:22/a%20b?c", ("sftp", "::1", 22, "us@er"), b"/a b"),
+    ("sftp://Alias/~/x", ("sftp", "Alias", 0, ""), b"x"),
 ])
 def test_url(url, origin, target):
     request = make(url)
@@ -52,8 +57,9 @@ def test_errors_hold_no_credentials(url):
     assert "secret" not in str(error.value)
 
 
-def test_redact():
-    assert redact("https://user:se@cret@mirror.example:8/x?token=secret#f") == "https://mirror.example:8/x"
+@pytest.mark.parametrize("credentials", ["user:secret@", "user:se@cret@", "user:se?cret@", "user:se#cret@", "user@", ""])
+def test_redact(credentials):
+    assert redact("https://%smirror.example:8/x//y@z?token=secret#f" % credentials) == "https://mirror.example:8/x//y@z"
 
 
 @pytest.mark.parametrize("location, url", [

@@ -24,8 +24,8 @@ def datastore(**variables):
 
 
 def test_defaults():
-    assert settings(datastore())._asdict() == {"enabled": True, "connections": 4, "threads": 1, "sources": ["mirror"],
-                                               "prefetch": 64}
+    assert settings(datastore())._asdict() == {"enabled": True, "connections": 4, "most_connections": 4,
+                                               "sources": ["mirror"], "prefetch": 64}
 
 
 @pytest.mark.parametrize("value, enabled", [("", True), (" ", True), ("0", False), ("1", True), (" 0 ", False), ("no", False),
@@ -36,7 +36,15 @@ def test_switch(value, enabled):
 
 @pytest.mark.parametrize("value", ["1", "4", "64", " 8 ", "007"])
 def test_maximum(value):
-    assert settings(datastore(BB_CONNECTION_CACHE_MAX=value)).connections == int(value)
+    found = settings(datastore(BB_CONNECTION_CACHE_MAX=value, BB_NUMBER_THREADS="32"))
+    assert found.connections == found.most_connections == int(value)
+
+
+@pytest.mark.parametrize("threads, most", [("1", 4), ("4", 4), ("10", 10), ("64", 16), ("abc", 4)])
+def test_maximum_that_is_not_set(threads, most):
+    """As many as there are threads at most. An invalid number of these is reported elsewhere."""
+    found = settings(datastore(BB_NUMBER_THREADS=threads))
+    assert (found.connections, found.most_connections) == (4, most)
 
 
 @pytest.mark.parametrize("value, sources", [("", ["mirror"]), ("mirror", ["mirror"]), (" mirror\n", ["mirror"]),
@@ -88,10 +96,6 @@ def test_invalid_value_is_one_line_and_ends_the_build(name, value, allowed, capl
         assert part in message
     with pytest.raises(bb.BBHandledException):
         SharedConnections(types.SimpleNamespace(extraconfigdata={}), d).start(needed=False)
-
-
-def test_invalid_number_of_threads_is_reported_elsewhere():
-    assert settings(datastore(BB_NUMBER_THREADS="abc")).threads == 1
 
 
 @pytest.mark.parametrize("error", [

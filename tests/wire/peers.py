@@ -105,7 +105,7 @@ class Talk:
 class Peer:
     """tls is an SSLContext, if https is spoken from the first byte on."""
 
-    def __init__(self, script, tls=None, host="127.0.0.1"):
+    def __init__(self, script, tls=None, host="127.0.0.1", port=0):
         self.script = script
         self.tls = tls
         self.host = host
@@ -121,7 +121,7 @@ class Peer:
         self._talks = []
         self._threads = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        self._listener = socket.create_server((host, port), family=family, backlog=128)
         self.port = self._listener.getsockname()[1]
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
         self._acceptor.start()
@@ -231,6 +231,16 @@ def with_status(status, *headers):
     def script(talk):
         for request in talk.requests():
             talk.answer(request, b"page", *headers, status=status)
+    return script
+
+def only_known(status, *headers):
+    """/known is there; the same status for everything else."""
+    def script(talk):
+        for request in talk.requests():
+            if request.target == "/known":
+                talk.answer(request)
+            else:
+                talk.answer(request, b"page", *headers, status=status)
     return script
 
 def raw(*answers):

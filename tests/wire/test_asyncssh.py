@@ -11,9 +11,9 @@ import pytest
 
 asyncssh = pytest.importorskip("asyncssh", reason="no asyncssh")
 
-from bb.connections import ProtocolError, RefusedError, StatusError
+from bb.connections import ProtocolError
 from netqueue import sshd
-from support.asking import SECONDS
+from support.asking import SECONDS, wait_until
 
 FILES = 100
 
@@ -122,7 +122,7 @@ def test_faults_of_one_file(ask, asking):
     assert ask("HEAD", ["0"])[0].status() == 200
     ends, full, big, small = ask("GET", ["big-end", "big-full", "big", "7"])
     assert isinstance(ends.error(), ProtocolError)
-    assert isinstance(full.error(), StatusError)
+    assert full.status() == 500
     assert big.status() == small.status() == 200
     assert big.body() == b"0123456789" * 300000
     assert small.body() == content(7)
@@ -130,10 +130,10 @@ def test_faults_of_one_file(ask, asking):
 
 
 def test_session_that_ends(ask, asking):
-    """In the middle of a file, again and again; others are not lost"""
+    """In the middle of a file, again and again; others are not lost. Where that ends is in test_virtual_sftp.py."""
     gone, good = ask("GET", ["big-gone", "7"])
-    # The latter if the session has answered nothing else
-    assert isinstance(gone.error(), (ProtocolError, RefusedError))
     assert good.status() == 200
     assert good.body() == content(7)
-    assert asking.count("connections") >= 4
+    wait_until(lambda: asking.count("connections") >= 3, "it is tried again")
+    assert asking.stop()
+    assert gone.error().kind == "cancelled"

@@ -44,8 +44,7 @@ def fetched_by_wget(build, name="x"):
     peers.dies_in_body([(b"x" * 100000, 50000)] * 10),
     peers.raw(b"HTTP/1.1 200 OK\r\n\r\nno length"),
     peers.raw(b"nonsense\r\n\r\n"),
-    peers.raw(b""),
-    peers.with_status(403), peers.with_status(405), peers.with_status(500), peers.with_status(503),
+    peers.with_status(403), peers.with_status(405),
     peers.with_status(206), peers.with_status(302, "Location: ftp://127.0.0.1/x"),
 ])
 def test_mirror_with_trouble(build, peer, script, warnings):
@@ -56,6 +55,44 @@ def test_mirror_with_trouble(build, peer, script, warnings):
     assert fetched_by_wget(build)
     assert build.left() == ["x"]
     assert warnings() == [], "the server's part has not failed"
+
+
+@pytest.mark.parametrize("script", [peers.with_status(503, "Retry-After: 3600"), peers.with_status(403, "Retry-After: 3600")])
+def test_mirror_that_does_not_answer(build, peer, script, warnings, connections):
+    """A connection of the task's own would not be served better: the object counts as absent."""
+    mirror = peer(script)
+    for name in ("x", "y"):
+        with pytest.raises(bb.fetch2.FetchError):
+            build.fetch(mirror.url("/" + name))
+        assert not build.exists(mirror.url("/" + name))
+    assert build.left() == [] and build.wget_calls() == []
+    assert mirror.connections == 1
+    assert warnings() == [], "the server's part has not failed"
+
+
+def test_mirror_that_is_not_there(build, warnings):
+    """That takes UNREACHABLE seconds once, and none for the others"""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = "http://127.0.0.1:%s/" % sock.getsockname()[1]
+    for name in ("x", "y"):
+        with pytest.raises(bb.fetch2.FetchError):
+            build.fetch(url + name)
+        assert not build.exists(url + name)
+    assert build.left() == [] and build.wget_calls() == []
+    assert warnings() == []
+
+
+@pytest.mark.parametrize("status", [204, 206, 203])
+def test_head_that_is_answered_by_another_status(build, peer, status):
+    """The fetcher has the last word about it"""
+    def script(talk):
+        for request in talk.requests():
+            talk.answer(request, b"content", status=status if request.method == "HEAD" else 200)
+    mirror = peer(script)
+    assert build.exists(mirror.url())
+    build.fetch(mirror.url())
+    assert build.read() == b"content"
+    assert build.wget_calls() == []
 
 
 def test_no_more_threads(start, monkeypatch, warnings):
@@ -281,7 +318,9 @@ def test_what_is_no_server_of_ours(build, mirror, warnings, script, requests):
     b'{"id": 1, "status": 200, "size": 7, "modified": null}',
     b'{"id": 1, "status": 200, "size": null}',
     b'{"id": 1, "status": 200}',
-    b'{"id": 1, "error": "connect", "message": "no"}',
+    b'{"id": 1, "error": "protocol", "message": "no"}', b'{"id": 1, "error": "status", "message": "no"}',
+    b'{"id": 1, "error": "destination", "message": "no"}', b'{"id": 1, "error": "error", "message": "no"}',
+    b'{"id": 1, "error": "of the future", "message": "no"}',
 ])
 def test_answer_without_the_file(build, mirror, answer):
     """Whatever the server says, the bytes have to be there"""
@@ -294,6 +333,45 @@ def test_answer_without_the_file(build, mirror, answer):
     stranger.close()
     assert build.read() == b"from wget"
     assert build.left() == ["x", "y"]
+
+
+@pytest.mark.parametrize("answer", [
+    b'{"id": 1, "error": "connect", "message": "no"}', b'{"id": 1, "error": "refused", "message": "no"}',
+    b'{"id": 1, "error": "timeout", "message": "no"}', b'{"id": 1, "status": 500}', b'{"id": 1, "status": 504}',
+    b'{"id": 1, "status": 404}', b'{"id": 1, "status": 410}',
+])
+def test_answer_of_the_mirror_that_there_is_no_file(build, mirror, answer, warnings):
+    """The task does not ask the mirror over a connection of its own"""
+    stranger = Stranger([[HELLO], [answer]])
+    build.d.setVar(shared.ADDRESS, stranger.address)
+    with pytest.raises(bb.fetch2.FetchError):
+        build.fetch(mirror.url())
+    assert build.left() == [] and build.wget_calls() == []
+    assert mirror.connections == 0
+    assert warnings() == []
+    # So that the client of this thread, which the stranger waits for, is replaced
+    build.d.setVar(shared.ADDRESS, "0:nobody")
+    build.fetch(mirror.url("/y"))
+    stranger.close()
+
+
+@pytest.mark.parametrize("name", ["sstate:x.tar.zst", "sstate:x.tar.zst.siginfo"])
+def test_page_instead_of_an_archive(build, peer, name):
+    """A login page, with 200: nothing of it is stored, and wget would get the same"""
+    mirror = peer(peers.serve({"/" + name: b"<html>Please log in"}))
+    with pytest.raises(bb.fetch2.FetchError):
+        build.fetch(mirror.url("/" + name))
+    assert build.left() == [] and build.wget_calls() == []
+
+
+@pytest.mark.parametrize("content", [b"\x28\xb5\x2f\xfdx", b"\x50\x2a\x4d\x18x", b"\x5f\x2a\x4d\x18x"])
+def test_archive(build, peer, content):
+    """The frames of zstd and of pzstd"""
+    mirror = peer(peers.serve({"/sstate:x.tar.zst": content, "/x.tgz": b"anything"}))
+    build.fetch(mirror.url("/sstate:x.tar.zst"))
+    build.fetch(mirror.url("/x.tgz"))
+    assert build.read("sstate:x.tar.zst") == content and build.read("x.tgz") == b"anything"
+    assert build.wget_calls() == []
 
 
 @pytest.mark.parametrize("address", ["", "nonsense", "0", ":", "12345678:bitbake-none"])

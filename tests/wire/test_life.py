@@ -10,7 +10,7 @@ import threading
 import bb.utils
 import pytest
 
-from bb.connections import Cancelled, protocol, server
+from bb.connections import Cancelled, ConnectionCacheError, protocol, server
 from support.asking import Asked, wait_until
 from support.children import descriptors, in_child, link
 from support.task import Task
@@ -32,8 +32,7 @@ def ask_in_process(connections, url, method="HEAD"):
 
 def deliver(connections, asked):
     while not asked.answered:
-        connections.server.wait(15)
-        connections.server.deliver()
+        connections.server.deliver(15)
     return asked
 
 
@@ -87,7 +86,7 @@ def test_report(start, peer, file, caplog):
     lines = [r.getMessage() for r in caplog.records if "Sstate network" in r.getMessage()]
     assert len(lines) == 1
     assert lines[0].startswith("Sstate network: 2 objects, 0.0 MiB in ")
-    assert lines[0].endswith(" s, 3 requests over 1 connections (0 retries, 0 refusals)")
+    assert lines[0].endswith(" s, 3 requests over 1 connection (0 retries, 0 refusals)")
 
 
 def test_trouble_is_reported_once_a_host(start, caplog, tmp_path):
@@ -135,6 +134,17 @@ def test_stop_of_all_servers(start, peer):
     late = ask_in_process(one, "http://127.0.0.1:1/x")
     one.server.deliver()
     assert isinstance(late.error(), Cancelled)
+
+
+def test_fault_of_ours(connections, monkeypatch):
+    """What is submitted, also later, is answered with an error, and tasks hear that the server is gone"""
+    monkeypatch.setattr(connections.server.pool, "submit", lambda requests: 1 / 0)
+    with Task(connections.server.address) as task:
+        for _ in range(2):
+            asked = deliver(connections, ask_in_process(connections, "http://127.0.0.1:1/x"))
+            assert type(asked.error()) is ConnectionCacheError and "ZeroDivisionError" in str(asked.error())
+            assert not connections.server.is_running
+        assert task.receive() is None
 
 
 def test_main_thread_that_dies(tmp_path):

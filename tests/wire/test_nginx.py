@@ -103,14 +103,14 @@ def test_one_connection_an_address(nginx, asking):
     asked = asking.ask("GET", [nginx.url("/one/x")] * 20)
     assert [one.status() for one in asked] == [200] * 20
     assert [one.body() for one in asked] == [b"content" * 1000] * 20
-    assert asking.server.troubles() == []
+    assert asking.troubles() == []
 
 
 def test_rate(nginx, asking):
     """limit_req: requests are refused, and repeated after a pause."""
     asked = asking.ask("HEAD", [nginx.url("/rate/x?%s" % i) for i in range(15)])
     assert [one.status() for one in asked] == [200] * 15
-    assert asking.server.troubles() == []
+    assert asking.troubles() == []
 
 
 def test_pipelined(nginx, make_asking):

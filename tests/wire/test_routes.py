@@ -157,7 +157,9 @@ def test_proxy_that_cannot_connect_for_now(peer, asking, tls, trusting, status):
     proxy.behind = tls
     asked = ask(asking, "https://localhost/a", environment=dict(trusting, https_proxy=proxy.url("")))
     assert asked.status() == 200
-    assert asking.count("retries") == 1
+    assert proxy.connections == 2
+    # The request itself was sent once
+    assert (asking.count("requests"), asking.count("retries")) == (1, 0)
 
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 OK\r\n\r\n", b"HTTP/2 200 Connected\r\n\r\n",

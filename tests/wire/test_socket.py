@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from bb.connections import protocol
-from bb.connections.peers import MAX_FILES
+from bb.connections.peers import MAX_OPEN
 from bb.fetch2.shared import ADDRESS
 from support.asking import wait_until
 from support.children import descriptors, in_child, link
@@ -181,7 +181,7 @@ def test_more_files_than_the_server_may_hold(connections, peer, mirror, file):
     """select() in the bitbake server supports descriptors up to 1024; such a task fetches without the server"""
     hanging = peer(peers.hangs)
     tasks = []
-    for number in range(MAX_FILES):
+    for number in range(MAX_OPEN):
         if number % (protocol.MAX_REQUESTS - 1) == 0:
             tasks.append(Task(connections.server.address))
         tasks[-1].ask(number, "GET", hanging.url(), file.fileno())
@@ -247,9 +247,8 @@ def test_another_user_is_not_let_in(connections, mirror):
     assert usable(connections, mirror)
 
 
-def test_further_peers_wait(start, mirror):
-    connections = start(BB_NUMBER_THREADS="2")
-    tasks = [Task(connections.server.address) for _ in range(18)]
+def test_further_peers_wait(connections, mirror):
+    tasks = [Task(connections.server.address) for _ in range(MAX_OPEN)]
     late = Task(connections.server.address, greeted=False)
     late.ask(1, "HEAD", mirror.url())
     # All that the server could have done about it is done when it answers another
@@ -283,7 +282,7 @@ def test_leaving_cancels(connections, peer, mirror, file):
     # The rest of a body is not read: the connection is closed, and the request not retried
     stalling.wait_for(lambda p: p.open == 0)
     assert usable(connections, mirror)
-    assert sum(host.retries for host in connections.server.statistics().values()) == 0
+    assert sum(host.statistics.retries for host in connections.server.pool.hosts.values()) == 0
     assert stalling.connections == 1
 
 
@@ -305,6 +304,28 @@ def test_progress(connections, peer, file):
             message = task.receive()
         go_on.set()
         assert task.answer()["size"] == 8
+
+
+def test_peer_that_does_not_read_its_answers(connections, mirror):
+    """It is disconnected, but not before it could have a few answers for each request; others are served meanwhile"""
+    with Task(connections.server.address) as task:
+        task.ask(0, "HEAD", mirror.url("/missing"))
+        assert task.answer()["status"] == 404
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            # Each is answered at once from now on
+            for number in range(1, 100000):
+                task.ask(number, "HEAD", mirror.url("/missing"))
+        assert number > 5 * protocol.MAX_REQUESTS
+        assert usable(connections, mirror)
+        assert task.answer() in ({"id": 1, "status": 404}, None)
+
+
+def test_answers_that_are_read_late(connections, mirror):
+    with Task(connections.server.address) as task:
+        for number in range(protocol.MAX_REQUESTS):
+            task.ask(number, "HEAD", mirror.url("/missing"))
+        assert usable(connections, mirror)
+        assert sorted(task.answer()["id"] for _ in range(protocol.MAX_REQUESTS)) == list(range(protocol.MAX_REQUESTS))
 
 
 @pytest.fixture

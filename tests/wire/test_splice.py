@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from bb.connections import ProtocolError, splice
-from bb.connections.host import ATTEMPTS
+from bb.connections.failures import ATTEMPTS
 from bb.connections.http import MIN_SPLICE
 from support.asking import Asked, wait_until
 from wire import peers

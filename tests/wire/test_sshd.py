@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """SFTP by a ConnectionServer with a real OpenSSH sshd and the real ssh."""
 
+import asyncio
 import os
 import select
 import shutil
@@ -9,10 +10,12 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from bb.connections import Cancelled, ConnectError
+from bb.connections import Cancelled, ConnectError, sftp
+from bb.connections.request import Request
 from netqueue import sshd
 from support.asking import Asked, wait_until
 
@@ -147,12 +150,26 @@ def fails_at_once(asking, mirror, tools=None):
     return str(error)
 
 
+def connect_error(mirror):
+    """The error of a single attempt to connect, which would be tried again for a while"""
+    request = Request("HEAD", mirror.url + "/0", environment(mirror))
+
+    async def connect():
+        loop = asyncio.get_running_loop()
+        with pytest.raises(ConnectError) as error:
+            await sftp.connect(loop, mock.Mock(), request.origin, request.route, 15)
+        # Until ssh has ended
+        await asyncio.gather(*asyncio.all_tasks(loop) - {asyncio.current_task()})
+        return error.value
+    return asyncio.run(connect())
+
+
 def test_wrong_key(mirror, asking, tmp_path):
     sshd.make_key(tmp_path / "other")
     tools = sshd.make_tools(tmp_path / "tools", tmp_path / "other", mirror.work / "known_hosts")
     text = fails_at_once(asking, mirror, tools)
     assert "127.0.0.1: " in text and "Permission denied (publickey)" in text
-    assert asking.server.troubles() and asking.server.troubles()[0][0] == "127.0.0.1"
+    assert asking.troubles() and asking.troubles()[0][0] == "127.0.0.1"
 
 
 def test_unknown_host_key(mirror, asking, tmp_path):
@@ -182,18 +199,20 @@ def test_noise(serve, asking):
 
 def test_nobody_listens(mirror, asking):
     mirror.stop()
-    error = ask(asking, mirror, "HEAD", [mirror.url + "/0"])[0].error()
-    assert isinstance(error, ConnectError)
+    error = connect_error(mirror)
     assert error.retryable and "Connection refused" in str(error)
-    assert asking.count("retries") == 3
-    assert asking.count("refusals") == 0
+    # It is waited for: a restart of sshd takes some seconds
+    one, = ask(asking, mirror, "HEAD", [mirror.url + "/0"])
+    wait_until(lambda: any(host.health.paused_until for host in asking.server.pool.hosts.values()), "it has been tried")
+    assert not one.answered
+    assert (asking.count("retries"), asking.count("refusals")) == (0, 0)
+    assert asking.stop()
+    assert isinstance(one.error(), Cancelled)
 
 
-def test_no_sftp_there(serve, asking):
-    mirror = serve(extra="ForceCommand exit 3")
-    error = ask(asking, mirror, "HEAD", [mirror.url + "/0"])[0].error()
-    assert isinstance(error, ConnectError)
-    assert "ssh has ended with status 3" in str(error)
+def test_no_sftp_there(serve):
+    error = connect_error(serve(extra="ForceCommand exit 3"))
+    assert error.retryable and "ssh has ended with status 3" in str(error)
 
 
 def test_many_logins(mirror, make_asking):
@@ -218,7 +237,9 @@ def test_refused(serve, asking):
         wait_until(lambda: asking.count("refusals"), "sshd refuses")
     assert one.status() == 200
     assert mirror.counters().dropped >= 1
-    assert asking.count("retries") == asking.count("refusals") >= 1
+    # The request itself was sent once
+    assert asking.count("refusals") >= 1
+    assert (asking.count("requests"), asking.count("retries")) == (1, 0)
 
 
 def test_all_together(mirror, asking):

@@ -13,10 +13,19 @@ import collections
 
 import bb.utils
 
+# Variable in the datastore that holds the address of the connection server's socket, for tasks
+ADDRESS = "BB_CONNECTION_CACHE_ADDRESS"
+# Warning about a mirror (scheme, host): the same from tasks and from the server, so that it is shown once
+STRANGE = "Sstate mirror %s://%s has returned something else than sstate objects, ignoring it"
 # Valid values of BB_SETSCENE_PRESENCE
 SOURCES = ("mirror", "hashserv mirror")
 
-Settings = collections.namedtuple("Settings", "enabled connections threads sources prefetch")
+# Connections to a host, and if the variable is not set and that pays the largest number, but not more than threads
+CONNECTIONS = 4
+MOST_CONNECTIONS = 16
+
+# connections is the number to begin with
+Settings = collections.namedtuple("Settings", "enabled connections most_connections sources prefetch")
 
 def settings(d):
     """
@@ -29,7 +38,7 @@ def settings(d):
     except ValueError:
         raise invalid("BB_CONNECTION_CACHE", value, '"0" or "1"') from None
 
-    connections = number("BB_CONNECTION_CACHE_MAX", d.getVar("BB_CONNECTION_CACHE_MAX"), 4, 1, 64)
+    limit = number("BB_CONNECTION_CACHE_MAX", d.getVar("BB_CONNECTION_CACHE_MAX"), None, 1, 64)
     prefetch = number("BB_SETSCENE_PREFETCH", d.getVar("BB_SETSCENE_PREFETCH"), 64, 0, 1024)
 
     value = d.getVar("BB_SETSCENE_PRESENCE") or "mirror"
@@ -43,7 +52,8 @@ def settings(d):
         # Reported elsewhere
         threads = 1
 
-    return Settings(enabled, connections, threads, sources.split(), prefetch)
+    most = limit or max(CONNECTIONS, min(threads, MOST_CONNECTIONS))
+    return Settings(enabled, limit or CONNECTIONS, most, sources.split(), prefetch)
 
 def number(name, value, default=None, smallest=1, largest=None):
     """The value of the setting name as a number, default if it is empty. Raises ValueError as settings() does."""

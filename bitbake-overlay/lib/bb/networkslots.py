@@ -35,11 +35,15 @@ that remove_waiting() leaves. Without a limit it does nothing at all.
 """
 
 import logging
+import time
 
 import bb
 from bb import networksettings
 
 logger = logging.getLogger("BitBake.RunQueue")
+
+# Seconds after which the user is told which tasks hold all slots while others wait: they may hang
+REPORT_AFTER = 60
 
 
 def limit_from(d):
@@ -90,6 +94,9 @@ class NetworkSlots:
         # Likewise those which need none after all. If that is no longer so, acquire() refuses.
         self._skippable = set()
         self._told = set()
+        # When a slot was taken or given back, and whether the user was told of those who keep theirs since
+        self._changed_at = 0
+        self._reported = False
         # Tasks with the same stamp, in multiconfigs that share it: once one has run, the others don't
         self._twins = {}
 
@@ -125,7 +132,17 @@ class NetworkSlots:
 
     def waiting(self):
         """The tasks of which is known that they cannot start, for lack of a slot"""
-        return self._waiting if self.full() else frozenset()
+        if not self.full():
+            return frozenset()
+        if self._waiting and not self._reported and time.monotonic() - self._changed_at > REPORT_AFTER:
+            self._reported = True
+            logger.info("All %d network slots have been in use for %d seconds by %s, other tasks wait",
+                        self.limit, REPORT_AFTER, ", ".join(sorted(self._held)))
+        return self._waiting
+
+    def _changed(self):
+        self._changed_at = time.monotonic()
+        self._reported = False
 
     def reconsider(self):
         """Forget who waits: after a change of hashes, who could start may not have to run any more"""
@@ -185,7 +202,9 @@ class NetworkSlots:
 
     def release(self, tid):
         """Give back the slot of tid, if it holds one: it has ended"""
-        self._held.discard(tid)
+        if tid in self._held:
+            self._held.remove(tid)
+            self._changed()
         self._waiting.difference_update(self._twins.get(tid, ()))
 
     def _take(self, tid, suffix):
@@ -194,6 +213,7 @@ class NetworkSlots:
             return False
         self._waiting.discard(tid)
         self._held.add(tid)
+        self._changed()
         self.peak = max(self.peak, len(self._held))
         return True
 

@@ -31,14 +31,13 @@ Called in the runqueue's thread only.
 import collections
 import logging
 import os
-import secrets
-import stat
 import time
 
 import bb
 import bb.fetch2
-from bb.connections import ConnectError, RefusedError
-from bb.connections.request import MISSING, Request, last_modified
+from bb import prefetchfiles
+from bb.connections import ConnectError, RefusedError, TimedOutError
+from bb.connections.request import Request, last_modified
 from bb.fetch2 import shared
 
 logger = logging.getLogger("BitBake.RunQueue")
@@ -49,8 +48,6 @@ RESERVED = 8
 # Files of an object, and files that are open for all of them, also those that nobody waits for any more
 MAX_FILES = 3
 MAX_OPEN = MAX_UNDER_WAY * MAX_FILES
-# Characters of an object's name, which may be as long as names can be, that its temporary file's name begins with
-MAX_NAME = 220
 # Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
 # tasks whose objects are there should not wait for those of many others. As each turn has threads to wake up, what
 # nobody waits for is also put off until there are so many answers, or room for so many objects, at most an eighth of
@@ -125,8 +122,8 @@ class Prefetch:
         self._started = None
         self._open = 0
         # Of the last progress event, and of the last look for what has stalled
-        self._told = (0, 0)
-        self._told_at = self._looked_at = 0
+        self._told = (0, 0, 0)
+        self._told_at = self._looked_at = self._arrived = 0
         self._answers = collections.deque()
         if self._window:
             connections.prefetch = self
@@ -230,13 +227,20 @@ class Prefetch:
         if now - self._looked_at < LOOK_EACH:
             return
         self._looked_at = now
+        arrived, self._arrived = self._arrived, self._bytes()
         for transfer in list(self._under_way.values()):
             received = sum(request.received for request in transfer.requests.values())
-            if received != transfer.received or not any(request.sent for request in transfer.requests.values()):
-                # Or it waits behind others
+            waits = not any(request.sent for request in transfer.requests.values())
+            if received != transfer.received or waits and arrived != self._arrived:
+                # Or it waits behind others, which arrive
                 transfer.received, transfer.heard = received, now
             elif now - transfer.heard > STALLED:
                 self._give_up(transfer, "nothing arrives for %s seconds" % STALLED)
+
+    def _bytes(self):
+        """How many bytes have arrived"""
+        return self.bytes + sum(request.received for transfer in self._under_way.values()
+                                for request in transfer.requests.values())
 
     def _may_start(self):
         """Whether one more for a task that could be started: with a full window there may be one for each thread"""
@@ -288,7 +292,7 @@ class Prefetch:
             # With thousands of tasks of which many fail it is not worth a large part of the time
             self._again_at = time.monotonic() + ORDER_SHARE * (time.monotonic() - now)
         # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
-        queues = [queue for mirror, queue in self._order.items() if server.is_healthy(*mirror)]
+        queues = [queue for mirror, queue in self._order.items() if server.pool.is_healthy(*mirror)]
         while any(queues):
             _, tid = min(filter(None, queues), key=lambda queue: queue[0]).popleft()
             if self._fetchable(tid):
@@ -326,16 +330,13 @@ class Prefetch:
         return requests
 
     def _request(self, transfer, name):
-        directory, file = os.path.split(os.path.join(transfer.files.directory, name))
-        make_directories(directory, transfer.files.umask)
-        # Of our own: without the fetcher's lock somebody else may fetch the same
-        temporary = os.path.join(directory, "%s.%s-%s.new" % (file[:MAX_NAME], os.getpid(), secrets.token_hex(4)))
         members = transfer.files.describe(name)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        final = os.path.join(transfer.files.directory, name)
+        if name == transfer.files.names[0]:
+            prefetchfiles.remove_left(os.path.dirname(final))
+        transfer.temporary[name], fd = prefetchfiles.create(final, transfer.files.umask)
         self._open += 1
-        transfer.temporary[name] = temporary
         try:
-            os.fchmod(fd, 0o666 & ~transfer.files.umask)
             request = Request(fd=fd, empty=True, **members)
         except BaseException:
             self._close_file(fd)
@@ -347,28 +348,33 @@ class Prefetch:
     def _answered(self, transfer, name, response, error):
         request = transfer.requests.pop(name)
         if self._under_way.get(transfer.tid) is transfer:
-            self._take(transfer, name, request.fd, response, error)
+            self._take(transfer, name, request, response, error)
         transfer.error = self._close_file(request.fd) or transfer.error
         if not transfer.requests and self._under_way.get(transfer.tid) is transfer:
             self._finish(transfer)
 
-    def _take(self, transfer, name, fd, response, error):
+    def _take(self, transfer, name, request, response, error):
         if response is not None and response.status == 200:
             try:
-                if response.length and shared.is_complete(transfer.temporary[name], fd, response.length,
-                                                          last_modified(response.headers)):
+                # The fetcher takes no empty file
+                if not response.length or not shared.is_complete(transfer.temporary[name], request.fd, response.length,
+                                                                 last_modified(response.headers)):
+                    error = "empty, or not complete"
+                elif not shared.is_of_its_kind(name, request.fd):
+                    error = "not a file of this kind"
+                    self._connections.report_strange(transfer.files.mirror[0])
+                    self._connections.server.reject(request)
+                else:
                     transfer.found.add(name)
                     return
-                # The fetcher takes no empty file
-                error = "empty, or not complete"
             except OSError as e:
                 error = e
         elif response is not None:
             error = "status %s" % response.status
-            if response.status in MISSING and name != transfer.files.names[0]:
-                # There need not be each of the files that belong to an object, and the task goes on without as well
-                logger.debug2("No %s: %s", name, error)
-                return
+        if name != transfer.files.names[0] and not isinstance(error, OSError):
+            # There need not be each of the files that belong to an object, and the task goes on without as well
+            logger.debug2("No %s: %s", name, error)
+            return
         transfer.error = transfer.error or error
 
     def _finish(self, transfer):
@@ -377,11 +383,12 @@ class Prefetch:
             try:
                 for name in reversed(transfer.files.names):
                     if name in transfer.found:
-                        os.rename(transfer.temporary.pop(name), os.path.join(transfer.files.directory, name))
+                        prefetchfiles.install(transfer.temporary[name], os.path.join(transfer.files.directory, name))
+                        del transfer.temporary[name]
             except OSError as e:
                 transfer.error = e
         if transfer.error:
-            if (isinstance(transfer.error, (ConnectError, RefusedError)) and transfer.tid not in self.awaited and
+            if (isinstance(transfer.error, (ConnectError, RefusedError, TimedOutError)) and transfer.tid not in self.awaited and
                     transfer.tid not in self._retried):
                 # It may be tried again when the mirror is there again
                 self._retried.add(transfer.tid)
@@ -438,7 +445,7 @@ class Prefetch:
         """Fire a progress event, from time to time and at the end"""
         now = time.monotonic()
         ended = not self._under_way and not self._order
-        if not self.objects or not ended and now - self._told_at < PROGRESS or ended and self._told == (self.objects, self.objects):
+        if not self.objects or not ended and now - self._told_at < PROGRESS or ended and self._told[:2] == (self.objects,) * 2:
             return
         self._told_at = now
         left = [transfer.files.size or 0 for transfer in self._under_way.values()]
@@ -448,23 +455,13 @@ class Prefetch:
             left += [self._presence.files_of(tid).size or 0 for _, tid in queue]
             if not queue:
                 del self._order[mirror]
-        told = (self.objects, self.objects + len(left))
+        size = self._bytes()
+        told = (self.objects, self.objects + len(left), size)
         if told != self._told:
             self._told = told
-            bb.event.fire(bb.event.SstateFetchProgress(*told, self.bytes, self.bytes + sum(left), now - self._started),
-                          self._rqexe.cfgData)
-
-
-def make_directories(path, umask):
-    """As os.makedirs() with that umask, which belongs to the process and cannot be set here"""
-    if not path or os.path.isdir(path):
-        return
-    make_directories(os.path.dirname(path), umask)
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        return
-    os.chmod(path, os.stat(path).st_mode & stat.S_ISGID | 0o777 & ~umask)
+            # The siginfos have no announced size
+            total = max(size, self.bytes + sum(left))
+            bb.event.fire(bb.event.SstateFetchProgress(*told, total, now - self._started), self._rqexe.cfgData)
 
 
 def order(rqexe):

@@ -89,8 +89,8 @@ class Presence:
         Ask for objects, a list of (task id, file:// URL), with the fetcher's settings of d: the mirrors of
         PREMIRRORS, the URL itself, those of MIRRORS. Each answer is remembered as long as the build runs.
 
-        Returns {task id: size in bytes, or None if it was not told} of those that exist. An object for
-        which a mirror gave no answer, but may later, is among them: its task will try. Returns None if
+        Returns {task id: size in bytes, or None if the mirror has not announced it} of those that exist. An
+        object is missing if a mirror gave no answer in the end. Returns None if
         there are no shared connections, or they failed: the caller has to ask in its own way. siginfo tells
         that the URLs are not of the objects but of their signatures, which no hash equivalence server knows.
 
@@ -107,8 +107,13 @@ class Presence:
             progress = Progress(title if len(objects) >= PROGRESS_FROM else None, len(objects), d)
             progress.start()
             query = Query(server, d)
-            sizes = query.run(objects, progress.update)
-            self._report(query.silent())
+
+            def update(done):
+                progress.update(done)
+                self._connections.report_pauses()
+
+            sizes = query.run(objects, update)
+            self._report(query.unanswered())
             if not siginfo:
                 self._places.update((tid, (query.locations, *place, sizes[tid])) for tid, place in query.places.items())
             return sizes
@@ -169,9 +174,8 @@ class Presence:
         """Tell, once for each host, of the requests that remained without an answer"""
         for host in hosts:
             self._connections.reported.add(host.origin.host)
-            consequence = "their tasks will try" if host.alive else "taken as missing"
-            self._warn(host.origin.host, "Sstate mirror %s did not answer for %d of %d objects, %s: %s" %
-                       (host.origin.host, host.unanswered, host.asked, consequence, host.reason))
+            self._warn(host.origin, "Sstate mirror %s://%s did not answer for %d of %d objects, treating them as missing there: %s" %
+                       (host.origin.scheme, host.origin.host, host.unanswered, host.asked, host.reason))
 
     def _warn(self, topic, text):
         if topic not in self._told:

@@ -9,15 +9,16 @@ One batch query for the presence of files on mirrors.
 
 Used by presence.py. Where a file may be is what fetch2 says: its own rules turn
 a URL into those of the mirrors, in the order in which it would try them, and a
-mirror is asked only for what those before it lack. http, https and sftp are
-asked over the shared connections, everything else (file, s3, a FETCHCMD_wget)
-by the fetcher's own checkstatus(), as many at a time as BB_NUMBER_THREADS.
+mirror is asked only for what those before it lack, or while those do not answer.
+http, https and sftp are asked over the shared connections, everything else
+(file, s3, a FETCHCMD_wget), and a server that those do not understand, by the
+fetcher's own checkstatus(), as many at a time as BB_NUMBER_THREADS.
 
 Everything runs in the caller's thread, except for one function that is marked.
 
     query = Query(server, d)
     sizes = query.run([(tid, "file://..."), ...], update=print)
-    query.silent()          # the hosts that have left something unanswered
+    query.unanswered()      # the hosts that have not answered all
 """
 
 import collections
@@ -29,8 +30,8 @@ import time
 
 import bb
 import bb.fetch2
-from bb.connections import Cancelled, ConnectionCacheError, ProtocolError, RefusedError, StatusError, TimedOutError
-from bb.connections.request import Request, Response, redact
+from bb.connections import Cancelled, ConnectionCacheError, TimedOutError
+from bb.connections.request import MISSING, Request, Response, redact
 from bb.fetch2 import shared
 
 logger = logging.getLogger("BitBake.RunQueue")
@@ -44,6 +45,9 @@ WINDOW = 2048
 BATCH = 64
 FIRST_BATCH = 8
 
+# Statuses which need no other opinion, as do those of 500 and above
+FINAL = (200,) + MISSING
+
 # Seconds between two looks at the clock and at the user's interrupts, and between two updates of the progress
 STEP = 0.5
 PROGRESS = 0.2
@@ -55,20 +59,18 @@ DEADLINE = 900
 
 class Item:
     """
-    An object that is being asked for. candidates are FetchData, where it may be; the first is the one asked
-    for now, and was at place in the list. request is None unless that is asked over the shared connections,
-    of host. silent are the Hosts that should have answered and did not.
+    An object that is being asked for. candidates are FetchData, where it may be; those up to place were asked for, and
+    waiting have not answered yet. hosts are the Hosts of these.
     """
-    __slots__ = ("tid", "ud", "candidates", "place", "request", "host", "silent")
+    __slots__ = ("tid", "ud", "candidates", "place", "waiting", "hosts")
 
     def __init__(self, tid, ud, candidates):
         self.tid = tid
         self.ud = ud
         self.candidates = candidates
-        self.place = 0
-        self.request = None
-        self.host = None
-        self.silent = ()
+        self.place = -1
+        self.waiting = 0
+        self.hosts = []
 
 
 class Host:
@@ -81,8 +83,6 @@ class Host:
         self.route = route
         self.asked = self.unanswered = 0
         self.reason = None
-        # Whether it can be thought to answer later: it has answered something, if only by refusing
-        self.alive = False
 
 
 class Locations:
@@ -123,15 +123,16 @@ class Query:
         self.locations = Locations(d.createCopy())
         self._server = server
         self._d = self.locations.d
+        # What is left to the fetchers is not for the shared connections
+        self._d.delVar(shared.ADDRESS)
         self._network = not bb.utils.to_boolean(d.getVar("BB_NO_NETWORK"))
         self._hosts = {}
         self._sizes = {}
-        # Those of which nothing is known
-        self._unknown = []
         self._pending = set()
-        # Requests that are not submitted yet, {request: Item} of all without an answer, and answers of the fetchers
+        # Requests that are not submitted yet, {request: (Item, place, Host)} of all without an answer, and answers of the
+        # fetchers
         self._requests = []
-        self._items = {}
+        self._asked = {}
         self._answers = collections.deque()
         # When the last answer arrived
         self._heard = 0
@@ -145,21 +146,20 @@ class Query:
         """
         Ask for objects, a list of (task id, file:// URL). update(n) is called with how many are
         answered, not more often than each PROGRESS seconds. Blocks until all are answered. Returns
-        {task id: size, or None if it was not told, or it is not known whether there is the object}.
-        Raises BBHandledException if the user interrupts, and TimedOutError.
+        {task id: size, or None if the mirror has not announced it} of those that exist; what a mirror did not answer
+        is missing. Raises BBHandledException if the user interrupts, and TimedOutError.
         """
         with self._stack:
             try:
                 self._loop(collections.deque(objects), update)
-            except BaseException:
-                for request in self._items:
-                    request.cancelled = True
+            finally:
+                # Also of mirrors whose answers were not needed in the end
                 self._ended = True
-                raise
-        self._sizes.update((item.tid, None) for item in self._unknown if any(host.alive for host in item.silent))
+                for request in self._asked:
+                    request.cancelled = True
         return self._sizes
 
-    def silent(self):
+    def unanswered(self):
         """The Hosts that have left something unanswered"""
         return [host for host in self._hosts.values() if host.unanswered]
 
@@ -172,9 +172,8 @@ class Query:
             requests, self._requests = self._requests, []
             if requests:
                 self._server.submit(requests, self._done, first=True)
-            if not self._answers and (len(self._pending) >= WINDOW or not waiting):
-                self._server.wait(STEP)
-            self._server.deliver()
+            idle = self._pending and not self._answers and (len(self._pending) >= WINDOW or not waiting)
+            self._server.deliver(STEP if idle else 0)
             while self._answers:
                 self._conclude(*self._answers.popleft())
             bb.event.check_for_interrupts()
@@ -183,6 +182,7 @@ class Query:
             now = time.monotonic()
             if now - shown >= PROGRESS:
                 shown = now
+                self._ask_further()
                 update(total - len(waiting) - len(self._pending))
             if now - self._heard > DEADLINE:
                 raise TimedOutError("no answer for %s seconds" % DEADLINE)
@@ -196,24 +196,29 @@ class Query:
         except bb.fetch2.BBFetchException as e:
             logger.debug2("Presence of %s cannot be asked for: %s", redact(url), e)
             return
-        item = Item(tid, ud, collections.deque(uds))
+        item = Item(tid, ud, uds)
         self._pending.add(item)
         self._ask(item)
 
     def _ask(self, item):
-        """Ask for the first candidate of item. Without any it is missing, or not known."""
-        while item.candidates:
-            if self._ask_for(item, item.candidates[0]):
-                return
-            item.candidates.popleft()
+        """Ask for the next candidate of item. If there is none, and no answer is awaited, it is missing."""
+        while item.place + 1 < len(item.candidates):
             item.place += 1
-        self._pending.discard(item)
-        if item.silent:
-            self._unknown.append(item)
+            if self._ask_for(item, item.candidates[item.place]):
+                item.waiting += 1
+                return
+        if not item.waiting:
+            self._pending.discard(item)
+
+    def _ask_further(self):
+        """Ask the next mirror for what one that has no answer now was asked for"""
+        failing = {host for host in self._hosts.values() if not self._server.pool.is_healthy(host.origin, host.route)}
+        for item in list(self._pending) if failing else ():
+            if item.waiting == 1 and item.hosts and item.hosts[-1] in failing:
+                self._ask(item)
 
     def _ask_for(self, item, ud):
         """Returns False if ud is not asked for"""
-        item.request = None
         if ud is item.ud and ud.type == "file":
             # The metadata has looked there
             return False
@@ -229,51 +234,52 @@ class Query:
             logger.debug2("%s: not over shared connections: %s", redact(ud.url), e)
             self._check(item, ud)
             return True
-        item.request = request
-        self._items[request] = item
         if request.origin not in self._hosts:
             self._hosts[request.origin] = Host(request.origin, request.route)
         # A redirect leads the request elsewhere, but the mirror it is
-        item.host = self._hosts[request.origin]
-        item.host.asked += 1
+        host = self._hosts[request.origin]
+        host.asked += 1
+        item.hosts.append(host)
+        self._asked[request] = item, item.place, host
         self._requests.append(request)
         return True
 
-    def _conclude(self, item, response, error):
-        """The first candidate of item was asked for"""
+    def _conclude(self, item, place, host, response, error):
+        """The candidate of item at place was asked for, over the shared connections if there is a host"""
         self._heard = time.monotonic()
-        if item.request is not None:
-            if type(error) in (Cancelled, ConnectionCacheError):
-                # The connections have ended, or have a fault: that says nothing of the mirror
-                raise error
-            host = item.host
-            host.alive = host.alive or error is None or isinstance(error, (RefusedError, ProtocolError, StatusError))
-            if error or response.status >= 500:
-                # An earlier query may have had answers
-                host.alive = host.alive or self._server.has_answered(host.origin)
-                host.unanswered += 1
-                host.reason = host.reason or (str(error) if error else "status %s" % response.status)
-                item.silent += (host,)
-        elif error is not None:
-            bb.error("Presence of %s cannot be asked for: %r" % (redact(item.candidates[0].url), error))
+        if item not in self._pending:
+            # Another mirror has answered before
+            return
+        if host and type(error) in (Cancelled, ConnectionCacheError):
+            # The connections have ended, or have a fault: that says nothing of the mirror
+            raise error
+        if host and not (shared.is_final(error.kind) if error else response.status in FINAL or response.status >= 500):
+            # The fetcher may understand it
+            logger.debug2("%s: not over shared connections: %s", redact(item.candidates[place].url), error or response.status)
+            self._check(item, item.candidates[place], place)
+            return
+        if error and not host:
+            bb.error("Presence of %s cannot be asked for: %r" % (redact(item.candidates[place].url), error))
+        item.waiting -= 1
         if response is not None and response.status == 200:
             self._sizes[item.tid] = response.length
-            if item.request is not None:
-                self.places[item.tid] = item.place, (item.host.origin, item.host.route)
+            if host:
+                self.places[item.tid] = place, (host.origin, host.route)
             self._pending.discard(item)
             return
-        item.candidates.popleft()
-        item.place += 1
+        if host and (error or response.status >= 500):
+            host.unanswered += 1
+            host.reason = host.reason or (str(error) if error else "status %s" % response.status)
         self._ask(item)
 
     def _done(self, request, response, error):
         """Of the server"""
         if not self._ended:
-            self._conclude(self._items.pop(request), response, error)
+            self._conclude(*self._asked.pop(request), response, error)
 
     # By the fetcher's own means
 
-    def _check(self, item, ud):
+    def _check(self, item, ud, place=None):
         if self._executor is None:
             # Once for all threads: the environment belongs to the process
             self._stack.enter_context(bb.utils.environment(**bb.fetch2.get_fetcher_environment(self._d)))
@@ -282,13 +288,13 @@ class Query:
             threads = int(self._d.getVar("BB_NUMBER_THREADS") or 1)
             self._stack.callback(self._close_caches)
             self._executor = self._stack.enter_context(concurrent.futures.ThreadPoolExecutor(threads))
-        self._executor.submit(self._checkstatus, item, ud)
+        self._executor.submit(self._checkstatus, item, ud, item.place if place is None else place)
 
     def _close_caches(self):
         for cache in self._caches_made:
             cache.close_connections()
 
-    def _checkstatus(self, item, ud):
+    def _checkstatus(self, item, ud, place):
         """In a thread of the executor"""
         response = error = None
         try:
@@ -298,7 +304,7 @@ class Query:
             logger.debug2("%s: %s", redact(ud.url), e)
         except Exception as e:
             error = e
-        self._answers.append((item, response, error))
+        self._answers.append((item, place, None, response, error))
         self._server.wake()
 
     def _found(self, item, ud):

@@ -25,11 +25,10 @@ Called in the runqueue's thread only.
 import bb
 import bb.event
 from bb.connections.server import ConnectionServer
-from bb.fetch2.shared import ADDRESS
-from bb.networksettings import settings
+from bb.networksettings import ADDRESS, STRANGE, settings
 
-# Tasks that may still be leaving when others come
-SPARE_PEERS = 16
+# Seconds of a pause that a mirror asks for which the user wants to know about
+REPORTED_PAUSE = 5
 
 
 class SharedConnections:
@@ -47,6 +46,10 @@ class SharedConnections:
         self.settings = None
         self.prefetch = None
         self.reported = set()
+        # Origins of hosts whose pauses have been reported
+        self._paused = set()
+        # Origins of hosts which have sent something else than was asked for
+        self._strange = set()
 
     def start(self, needed=True):
         """
@@ -60,7 +63,7 @@ class SharedConnections:
             bb.fatal(str(e))
         if not needed or not self.settings.enabled or self.server:
             return
-        server = ConnectionServer(self.settings.connections, self.settings.threads + SPARE_PEERS, log=serverlog)
+        server = ConnectionServer(self.settings.connections, self.settings.most_connections, log=serverlog)
         try:
             server.start()
         except (OSError, RuntimeError) as e:
@@ -89,24 +92,50 @@ class SharedConnections:
             self.prefetch.close()
         self._report(server)
 
+    def report_pauses(self):
+        """Tell the user, once for each, which hosts want to be left in peace for a while"""
+        for host in list(self.server.pool.hosts.values()) if self.server else ():
+            seconds = host.health.retry_after
+            if seconds and seconds >= REPORTED_PAUSE and host.origin not in self._paused:
+                self._paused.add(host.origin)
+                bb.note("Sstate mirror %s://%s asks to wait for %d seconds" % (host.origin.scheme, host.origin.host, seconds))
+
+    def report_strange(self, origin):
+        """A file of this host does not begin as it has to"""
+        if origin not in self._strange:
+            self._strange.add(origin)
+            # Tasks may find the same
+            bb.warnonce(STRANGE % (origin.scheme, origin.host))
+
     def _report(self, server):
-        for host, trouble in server.troubles():
-            if host not in self.reported:
-                bb.warn("Shared connections to %s were suspended: %s" % (host, trouble))
-        hosts = server.statistics()
-        for origin, done in hosts.items():
-            bb.debug(1, "Sstate network, %s://%s: %s files, %.1f MiB, %s requests over %s connections (%s retries, %s refusals)" %
-                     (origin.scheme, origin.host, done.files, done.bytes / 1048576, done.requests, done.connections,
-                      done.retries, done.refusals))
-        size, requests, connections, retries, refusals = (sum(getattr(done, name) for done in hosts.values()) for name in
+        hosts = list(server.pool.hosts.values())
+        for host in hosts:
+            if host.health.trouble and host.origin.host not in self.reported:
+                bb.warn("Shared connections to %s were suspended: %s" % (host.origin.host, host.health.trouble))
+            done = host.statistics
+            bb.debug(1, "Sstate network, %s://%s: %s, %s" % (host.origin.scheme, host.origin.host, count(done.files, "file"),
+                                                            describe(done.bytes, done.requests, done.connections,
+                                                                     done.retries, done.refusals)))
+        size, requests, connections, retries, refusals = (sum(getattr(host.statistics, name) for host in hosts) for name in
                                                           ("bytes", "requests", "connections", "retries", "refusals"))
         if requests:
-            objects = server.peers_served() + (self.prefetch.objects if self.prefetch else 0)
-            seconds = server.busy_seconds()
-            bb.note("Sstate network: %s objects, %.1f MiB in %.1f s, %s requests over %s connections (%s retries, %s refusals)" %
-                    (objects, size / 1048576, seconds, requests, connections, retries, refusals))
+            objects = server.peers.served + (self.prefetch.objects if self.prefetch else 0)
+            seconds = server.pool.busy_seconds()
+            if objects or retries or refusals:
+                bb.note("Sstate network: %s, %s" % (count(objects, "object"),
+                                                    describe(size, requests, connections, retries, refusals, seconds)))
             bb.event.fire(bb.event.SstateNetworkSummary(objects, size, seconds, requests, connections, retries, refusals), self.d)
 
+
+def describe(size, requests, connections, retries, refusals, seconds=None):
+    """What was done over the network, for a message"""
+    return "%.1f MiB%s, %s over %s (%s, %s)" % (size / 1048576, "" if seconds is None else " in %.1f s" % seconds,
+                                               count(requests, "request"), count(connections, "connection"),
+                                               "1 retry" if retries == 1 else "%s retries" % retries,
+                                               count(refusals, "refusal"))
+
+def count(number, noun):
+    return "%s %s%s" % (number, noun, "" if number == 1 else "s")
 
 def serverlog(message):
     # Importing it earlier would be circular

@@ -16,14 +16,19 @@ which other processes use them. Nothing in here knows what the files are for.
     protocol.py     the messages on the socket
     client.py       the other end of the socket: blocking, without asyncio
     pool.py         all hosts, and what they have answered so far
-    host.py         one host: its queues and its connections
-    requestqueue.py a queue of a host
-    health.py       when to ask a host, over how many connections
-    pipelining.py   whether an HTTP server handles several requests at once
+    host.py         one host: its requests, and what becomes of them
+    failures.py     what becomes of requests that were not answered
+    lanes.py        its connections
+    health.py       when to ask it
+    growth.py       over how many connections it pays to ask it
+    doubt.py        answers that may be about a file or about the host
+    requestqueue.py the requests that wait
+    pipelining.py   what may be in flight on a connection at the same time
+    pace.py         how many requests a second a host takes
     connection.py   what the protocols have in common
     http.py         HTTP/1.1
     splice.py       long bodies from a socket into a file
-    sftp.py, transfer.py, ssh.py    SFTP over the program ssh
+    sftp.py, ssh.py SFTP over the program ssh
     request.py      a request and its answer, URLs, proxies
 
 Modules import from those below them only. This file has the errors.
@@ -32,11 +37,11 @@ Modules import from those below them only. This file has the errors.
 
 class ConnectionCacheError(Exception):
     """
-    Base class of the errors of this package; also raised where no subclass
-    fits, as for an internal error.
+    Base class of the errors of this package; itself an internal error. A file
+    that does not exist is an answer, not an error.
 
-    retryable tells whether the same request may succeed on another connection.
-    A file that does not exist is an answer, not an error.
+    kind        as in protocol.py
+    retryable   whether the same request may succeed on another connection
     """
     kind = "error"
     retryable = False
@@ -61,7 +66,8 @@ class ProtocolError(ConnectionCacheError):
 
 
 class Disconnected(ProtocolError):
-    """Closed before the first byte of an answer"""
+    """Closed before the first byte of an answer, which is how some servers decline to serve"""
+    kind = "refused"
 
 
 class IdleClosed(Disconnected):
@@ -79,10 +85,7 @@ class TimedOutError(ConnectionCacheError):
 
 
 class RefusedError(ConnectionCacheError):
-    """
-    The server is up but declines to serve. retry_after is the number of
-    seconds it asked to wait, or None.
-    """
+    """The server is up but declines to serve. retry_after: the seconds it asked to wait, or None."""
     kind = "refused"
     retryable = True
 

@@ -5,19 +5,17 @@
 #
 
 """
-The other end of the socket: sends requests to the server, and waits for them.
+A task's end of the socket: sends a request to the server, and waits for the answer.
 
-Used by fetch2/shared.py. Imports no asyncio, since every task pays for what is
-imported here.
+Used by fetch2/shared.py. Imports no asyncio, since every task pays for what is imported here. A Client belongs to one
+thread. It does not know what to do without the server.
 
     client = Client(address)
     answer = client.ask({"method": "HEAD", "url": "https://..."})
 """
 
 import collections
-import os
 import socket
-import struct
 import time
 
 from bb.connections import ConnectionCacheError, ProtocolError, protocol
@@ -34,20 +32,21 @@ class ServerError(ConnectionCacheError):
 
 
 class Client:
-    """The connection of one thread to the server at address. After one failure every call fails."""
+    """A connection to the server at address, made by the first request. After a ServerError every call raises that."""
 
     def __init__(self, address):
         self.address = address
-        self._number = 0
         self._sock = None
         self._schemes = ()
+        self._number = 0
         self._error = None
 
     def ask(self, message, fd=None, interrupted=lambda: False):
         """
         Send a request (protocol.py, without an id), and return the Answer to it. Blocks until there is one: the server
         has to send something every protocol.SILENCE_SECONDS, and something new every ANSWER_TIMEOUT. Raises
-        ServerError, and ConnectionCacheError if the request itself has failed or interrupted() is true.
+        ServerError, and ConnectionCacheError with the kind that the server sent if the request itself has failed, or
+        interrupted() is true.
         """
         if self._error:
             raise self._error
@@ -55,26 +54,43 @@ class Client:
         # What is too long for a message is not a fault of the server
         data = protocol.encode(dict(message, id=self._number))
         try:
-            reply = self._exchange(message, data, fd, interrupted)
-        except socket.timeout:
-            self._fail("no message for %s seconds" % protocol.SILENCE_SECONDS)
-        except (OSError, ValueError, ProtocolError) as e:
-            self._fail(e)
+            if self._sock is None:
+                self._connect()
+            if message["url"].partition(":")[0].lower() not in self._schemes:
+                raise ConnectionCacheError("the server does not support this kind of URL")
+            protocol.send(self._sock, data, fd)
+            reply = self._wait(interrupted)
+        except (OSError, ProtocolError) as e:
+            self.close()
+            self._error = ServerError("the BitBake server's shared connections have failed: %s" % e)
+            raise self._error from e
         if "error" in reply:
-            raise ConnectionCacheError("%s: %s" % (reply["error"], reply.get("message")))
+            error = ConnectionCacheError("%s: %s" % (reply["error"], reply.get("message")))
+            error.kind = reply["error"]
+            raise error
         return Answer(reply["status"], reply.get("size"), reply.get("modified"))
 
-    def _exchange(self, message, data, fd, interrupted):
-        if self._sock is None:
-            self._connect()
-        if message["url"].partition(":")[0].lower() not in self._schemes:
-            raise ConnectionCacheError("the server does not support this kind of URL")
-        protocol.send(self._sock, data, fd)
+    def _connect(self):
+        uid, _, name = self.address.partition(":")
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.settimeout(protocol.SILENCE_SECONDS)
+        self._sock.connect("\0" + name)
+        if str(protocol.peer_uid(self._sock)) != uid:
+            raise ProtocolError("the socket belongs to another user")
+        hello = protocol.receive(self._sock, 0)[0]
+        self._schemes = hello.get("schemes", ["http", "https"])
+        if hello.get("hello") != protocol.VERSION or not isinstance(self._schemes, list):
+            raise ProtocolError("the server speaks version %r, not %s" % (hello.get("hello"), protocol.VERSION))
+
+    def _wait(self, interrupted):
+        """Returns the answer to the last request, as it was sent"""
         progress, deadline = None, time.monotonic() + ANSWER_TIMEOUT
         while True:
-            reply = self._receive()
+            reply = protocol.receive(self._sock, 0)[0]
             if "progress" not in reply:
-                break
+                if reply.get("id") != self._number or not ("status" in reply or "error" in reply):
+                    raise ProtocolError("not an answer to the request: %s" % reply.get("message"))
+                return reply
             if interrupted():
                 # Closing the socket cancels the request
                 self.close()
@@ -83,39 +99,8 @@ class Client:
                 progress, deadline = reply["progress"], time.monotonic() + ANSWER_TIMEOUT
             elif time.monotonic() > deadline:
                 raise ProtocolError("no progress for %s seconds" % ANSWER_TIMEOUT)
-        if reply.get("id") != self._number or not ("status" in reply or "error" in reply):
-            raise ProtocolError("answer to another request")
-        return reply
-
-    def _connect(self):
-        uid, _, name = self.address.partition(":")
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._sock.settimeout(protocol.SILENCE_SECONDS)
-        self._sock.connect("\0" + name)
-        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if str(struct.unpack("3i", credentials)[1]) != uid:
-            raise ProtocolError("the socket belongs to another user")
-        hello = self._receive()
-        if hello.get("hello") != protocol.VERSION:
-            raise ProtocolError("the server speaks version %r, not %s" % (hello.get("hello"), protocol.VERSION))
-        self._schemes = hello.get("schemes", ["http", "https"])
-        if not isinstance(self._schemes, list):
-            raise ProtocolError("schemes is not a list")
-
-    def _receive(self):
-        message, fd = protocol.receive(self._sock)
-        if fd is not None:
-            os.close(fd)
-        if message is None:
-            raise ProtocolError("the server has closed the connection")
-        return message
 
     def close(self):
         if self._sock is not None:
             self._sock.close()
             self._sock = None
-
-    def _fail(self, reason):
-        self.close()
-        self._error = ServerError("the BitBake server's shared connections have failed: %s" % reason)
-        raise self._error

@@ -7,250 +7,204 @@
 """
 The Unix socket, and the processes at its other end.
 
-Used by server.py, in the thread of the event loop. protocol.py describes the
-messages. Only processes of the same user are accepted; one that violates the
-protocol is sent an error and disconnected.
+Used by server.py, in the thread of the event loop, which owns all of it. protocol.py describes the messages. Only
+processes of the same user are accepted; one that violates the protocol is sent an error and disconnected. Requests are
+passed on, and their answers sent back: what they ask for is not known in here.
 
-    peers = Peers(loop, submit, schemes, most=64)
-    peers.listen()
+    peers = Peers(loop, pool.submit, ["http"], log)
+    loop.call_soon(peers.tick)
     ...
-    peers.close()
+    peers.close()               # once all requests are answered
 """
 
-import collections
 import os
 import secrets
 import socket
 import stat
-import struct
 
-from bb.connections import ConnectionCacheError, protocol
-from bb.connections.request import ENVIRONMENT, Request, last_modified, unwritable
+from bb.connections import ProtocolError, protocol
+from bb.connections.request import Request, last_modified, unwritable
 
-# Descriptors: select() in server/process.py, which is in the same process, supports the first 1024. Further peers wait
-# in the backlog, and give up after protocol.SILENCE_SECONDS.
-MAX_PEERS = 128
-MAX_FILES = 128
+# Peers, and likewise files: select() in server/process.py, which is in the same process, supports 1024 descriptors
+MAX_OPEN = 128
+# Processes that wait to be accepted; they give up after protocol.SILENCE_SECONDS
 BACKLOG = 1024
-
+# Bytes of messages, and what the kernel adds to each, that wait to be read by a peer: more than a hundred messages
+MAX_OUTPUT = 64 * 1024
 # Characters of an error, so that it fits into a message
 MAX_TEXT = 1000
-
-# Messages that wait to be read by a peer
-MAX_OUTPUT = 64
 
 
 class Peer:
     """
-    One process. requests are those without an answer, by their number; files is the number of files it has got.
+    One process, connected to sock. peers is the Peers it belongs to.
+
+    requests    {id: Request} of those without an answer
+    has_file    whether it has got a file
     """
-    def __init__(self, sock):
-        self.sock = sock
+
+    def __init__(self, peers, sock):
         self.requests = {}
-        self.output = collections.deque()
-        self.files = 0
+        self.has_file = False
+        self._peers = peers
+        self._sock = sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_OUTPUT)
+        peers.loop.add_reader(sock, self._receive)
+
+    def leave(self):
+        """Disconnect; the requests end without an answer"""
+        if self._sock.fileno() >= 0:
+            self._peers.loop.remove_reader(self._sock)
+            self._sock.close()
+            for request in self.requests.values():
+                request.cancelled = True
+            self.requests.clear()
+            self._peers.left(self)
+
+    def send(self, message):
+        try:
+            protocol.send(self._sock, protocol.encode(message))
+        except OSError:
+            # It has left; or it submits requests and does not read the answers
+            self.leave()
+
+    def _send_error(self, number, kind, error):
+        self.send({"id": number, "error": kind, "message": str(error)[:MAX_TEXT]})
+
+    def _receive(self):
+        fd = None
+        try:
+            message, fd = protocol.receive(self._sock)
+            self._peers.files.update(() if fd is None else (fd,))
+            request = self._request(message, fd)
+        except (OSError, ProtocolError) as e:
+            self._peers.close_file(fd)
+            if isinstance(e, ProtocolError):
+                self._peers.log("protocol error from a peer: %s" % e)
+                self._send_error(None, "protocol", e)
+            self.leave()
+        except ValueError as e:
+            # Of this request only
+            self._peers.close_file(fd)
+            self._send_error(message["id"], "url", e)
+        else:
+            request.first = request.fresh = True
+            request.context = message["id"]
+            request.done = self._answered
+            self.requests[message["id"]] = request
+            self._peers.submit([request])
+
+    def _request(self, message, fd):
+        """Returns the Request of message. Raises ProtocolError, and ValueError for what is an error of the request only."""
+        number, method, url, authorization = (message.get(name) for name in ("id", "method", "url", "authorization"))
+        environment, verify = message.get("environment", {}), message.get("verify", True)
+        file = None if fd is None else os.fstat(fd)
+        valid = {
+            "number of requests": len(self.requests) < protocol.MAX_REQUESTS,
+            "id": isinstance(number, int) and number not in self.requests,
+            "method, or a file that does not belong to it": method == ("GET" if file else "HEAD"),
+            "file": not file or stat.S_ISREG(file.st_mode),
+            "url": isinstance(url, str),
+            "environment": isinstance(environment, dict) and all(isinstance(one, str) for one in environment.values()),
+            "verify": isinstance(verify, bool),
+            "authorization": authorization is None or (isinstance(authorization, str) and authorization.isascii()
+                                                       and authorization.isprintable()),
+        }
+        if not all(valid.values()):
+            raise ProtocolError("invalid " + ", ".join(name for name in valid if not valid[name]))
+        if len(self._peers.files) > MAX_OPEN:
+            raise ValueError("too many files at once")
+        return Request(method, url, environment, verify, authorization, fd, file is not None and not file.st_size)
+
+    def _answered(self, request, response, error):
+        """Of Request"""
+        error = self._peers.close_file(request.fd) or error
+        if self.requests.pop(request.context, None) is None:
+            # The peer has left
+            return
+        if error:
+            self._send_error(request.context, getattr(error, "kind", "error"), error)
+            return
+        message = {"id": request.context, "status": response.status}
+        if response.status == 200:
+            message.update(size=response.length, modified=last_modified(response.headers))
+            self.has_file = self.has_file or request.asked == "GET"
+        self.send(message)
 
 
 class Peers:
     """
-    submit is called with requests, schemes are those of URLs it supports, log
-    with messages for bitbake's developers, most is how many peers are served
-    at the same time.
+    submit is called with lists of requests, log with messages for bitbake's developers; schemes are those of URLs.
 
     address     as in protocol.py
-    served      number of peers which have got a file and left
+    served      how many peers have got a file and left
+    files       descriptors of the requests without an answer, also of peers that have left
     """
 
-    def __init__(self, loop, submit, schemes, log, most):
+    def __init__(self, loop, submit, schemes, log):
+        self.loop = loop
+        self.submit = submit
+        self.log = log
         self.served = 0
-        self._loop = loop
-        self._submit = submit
-        self._schemes = sorted(schemes)
-        self._log = log
-        self._most = min(most, MAX_PEERS)
-        # {socket: Peer}
-        self._peers = {}
-        # Descriptors of the requests without an answer, also of peers that have left
-        self._files = set()
-        self._listening = False
+        self.files = set()
+        self._hello = {"hello": protocol.VERSION, "schemes": sorted(schemes)}
+        self._peers = set()
         name = "bitbake-" + secrets.token_hex(16)
         self.address = "%s:%s" % (os.geteuid(), name)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self._listener.bind("\0" + name)
         self._listener.listen(BACKLOG)
 
-    def listen(self):
-        """Accept further peers while there is room for them"""
-        room = len(self._peers) < self._most and self._listener.fileno() >= 0
-        if room and not self._listening:
-            self._loop.add_reader(self._listener, self._accept)
-        elif self._listening and not room:
-            self._loop.remove_reader(self._listener)
-        self._listening = room
-
-    def close_listener(self):
-        if self._listening:
-            self._loop.remove_reader(self._listener)
-            self._listening = False
-        self._listener.close()
-
-    def close(self):
-        """Their requests have to be answered before"""
-        self.close_listener()
-        for peer in list(self._peers.values()):
-            self._leave(peer)
-
-    def descriptors(self):
-        """What a forked child has to close and the event loop does not know"""
-        return [self._listener.fileno(), *self._files]
-
-    def send_progress(self):
-        """Show that the server is alive. Also try again to accept, if that has failed."""
-        for peer in list(self._peers.values()):
-            # Not to one that does not read
-            if not peer.output:
-                for number, request in list(peer.requests.items()):
-                    self._send(peer, {"id": number, "progress": request.received})
-        self.listen()
+    def tick(self):
+        """Accept peers from now on, and show them every protocol.PROGRESS_SECONDS that the server is alive"""
+        for peer in list(self._peers):
+            for number, request in list(peer.requests.items()):
+                peer.send({"id": number, "progress": request.received})
+        self.loop.add_reader(self._listener, self._accept)
+        self.loop.call_later(protocol.PROGRESS_SECONDS, self.tick)
 
     def _accept(self):
         try:
+            if len(self._peers) >= MAX_OPEN:
+                raise OSError("too many peers")
             sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
         except OSError as e:
-            # No descriptor left, for example
-            self._log("cannot accept: %s" % e)
-            self._loop.remove_reader(self._listener)
-            self._listening = False
+            self.log("cannot accept: %s" % e)
+            # Until one leaves, or the next tick()
+            self.loop.remove_reader(self._listener)
             return
         sock.setblocking(False)
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if struct.unpack("3i", credentials)[1] != os.geteuid():
+        if protocol.peer_uid(sock) != os.geteuid():
             sock.close()
             return
-        peer = self._peers[sock] = Peer(sock)
-        self._loop.add_reader(sock, self._receive, peer)
-        self._send(peer, {"hello": protocol.VERSION, "schemes": self._schemes})
-        self.listen()
+        peer = Peer(self, sock)
+        self._peers.add(peer)
+        peer.send(self._hello)
 
-    def _leave(self, peer):
-        """Forget peer; its requests end without an answer"""
-        if self._peers.pop(peer.sock, None):
-            self._loop.remove_reader(peer.sock)
-            self._loop.remove_writer(peer.sock)
-            peer.sock.close()
-            self.served += bool(peer.files)
-            for request in peer.requests.values():
-                request.cancelled = True
-            self.listen()
+    def left(self, peer):
+        """Of Peer"""
+        self._peers.discard(peer)
+        self.served += peer.has_file
+        self.loop.add_reader(self._listener, self._accept)
 
-    def _receive(self, peer):
-        try:
-            message, fd = protocol.receive(peer.sock)
-        except BlockingIOError:
-            return
-        except ValueError as e:
-            self._reject(peer, e)
-            return
-        except OSError:
-            message = None
-        if message is None:
-            self._leave(peer)
-            return
-        if fd is not None:
-            self._files.add(fd)
-        try:
-            request = self._request(peer, message, fd)
-        except ValueError as e:
-            self._close_file(fd)
-            self._reject(peer, e)
-            return
-        if request:
-            request.first = True
-            request.done = self._answered
-            request.context = peer, message["id"]
-            peer.requests[message["id"]] = request
-            self._submit([request])
-
-    def _reject(self, peer, error):
-        self._log("protocol error from a peer: %s" % error)
-        self._send(peer, {"id": None, "error": "protocol", "message": str(error)[:MAX_TEXT]})
-        self._leave(peer)
-
-    def _request(self, peer, message, fd):
-        """Returns the Request of message, or None after an error that is about its URL. Raises ValueError for other errors."""
-        number = message.get("id")
-        if not isinstance(number, int) or number in peer.requests:
-            raise ValueError("id is not a number, or in use")
-        if len(peer.requests) >= protocol.MAX_REQUESTS:
-            raise ValueError("more than %s requests at once" % protocol.MAX_REQUESTS)
-        method, url, environment = message.get("method"), message.get("url"), message.get("environment", {})
-        verify, authorization = message.get("verify", True), message.get("authorization")
-        if method not in ("HEAD", "GET") or (method == "GET") != (fd is not None):
-            raise ValueError("not a HEAD, nor a GET with a descriptor")
-        file = os.fstat(fd) if fd is not None else None
-        if file and not stat.S_ISREG(file.st_mode):
-            raise ValueError("the descriptor is not that of a regular file")
-        if not isinstance(url, str) or not isinstance(verify, bool) or not isinstance(environment, dict):
-            raise ValueError("a member has the wrong type")
-        if any(not isinstance(value, str) for value in environment.values()):
-            raise ValueError("a member of environment is not a string")
-        if authorization is not None and not (isinstance(authorization, str) and authorization.isascii()
-                                              and authorization.isprintable()):
-            raise ValueError("authorization is not the value of a header")
-        try:
-            if len(self._files) > MAX_FILES:
-                raise ValueError("too many files at once")
-            environment = {name: environment[name] for name in ENVIRONMENT if name in environment}
-            return Request(method, url, environment, verify, authorization, fd, bool(file) and not file.st_size)
-        except ValueError as e:
-            self._close_file(fd)
-            self._send(peer, {"id": number, "error": "url", "message": str(e)[:MAX_TEXT]})
-            return None
-
-    def _close_file(self, fd):
+    def close_file(self, fd):
         """Returns the error of close(), with which NFS reports that the disk is full, or None"""
         if fd is not None:
             # In this order: a child that is forked in between must not close what has the number by then
-            self._files.discard(fd)
+            self.files.discard(fd)
             try:
                 os.close(fd)
             except OSError as e:
                 return unwritable(e)
         return None
 
-    def _answered(self, request, response, error):
-        """Of Request"""
-        peer, number = request.context
-        error = self._close_file(request.fd) or error
-        if peer.requests.pop(number, None) is None or peer.sock not in self._peers:
-            return
-        if error:
-            kind = error.kind if isinstance(error, ConnectionCacheError) else "error"
-            message = {"id": number, "error": kind, "message": str(error)[:MAX_TEXT]}
-        else:
-            message = {"id": number, "status": response.status}
-            if response.status == 200:
-                message.update(size=response.length, modified=last_modified(response.headers))
-                peer.files += request.asked == "GET"
-        self._send(peer, message)
+    def descriptors(self):
+        """What a forked child has to close and the event loop does not know"""
+        return [self._listener.fileno(), *self.files]
 
-    def _send(self, peer, message):
-        peer.output.append(protocol.encode(message))
-        if len(peer.output) > MAX_OUTPUT:
-            # It submits requests and does not read the answers
-            self._leave(peer)
-        elif len(peer.output) == 1:
-            self._flush(peer)
-
-    def _flush(self, peer):
-        try:
-            while peer.output:
-                protocol.send(peer.sock, peer.output[0])
-                peer.output.popleft()
-            self._loop.remove_writer(peer.sock)
-        except BlockingIOError:
-            self._loop.add_writer(peer.sock, self._flush, peer)
-        except OSError:
-            self._leave(peer)
+    def close(self):
+        """Disconnect all, without an answer to what has none"""
+        for peer in list(self._peers):
+            peer.leave()
+        self.loop.remove_reader(self._listener)
+        self._listener.close()

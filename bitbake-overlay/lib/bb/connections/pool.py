@@ -8,11 +8,11 @@
 All hosts, and what they have answered, so that nothing is asked twice.
 
 Used by server.py, in the thread of the event loop. A host (scheme, name, port,
-user) has at most limit connections. Whether a file exists, and its size, are
+user) has a limited number of connections. Whether a file exists, and its size, are
 remembered as long as the pool exists; errors, and answers which say neither
 yes nor no, are not.
 
-    pool = Pool(loop, limit=4, timeout=100)
+    pool = Pool(loop, limit=4, most=16, timeout=100)
     pool.submit(requests)       # calls done() of each request, maybe at once
     pool.stop()                 # fails those that are left with Cancelled
 """
@@ -34,24 +34,25 @@ NO_FILE = ()
 
 class Pool:
     """
-    limit is the number of connections for each host, timeout how many seconds
+    limit is the number of connections for each host, most the largest if more of
+    them pay, timeout how many seconds
     without any data end a connection. protocols has, for each scheme, the
     coroutine that opens a connection and the class of that.
 
     hosts       {origin: Host}
+    stopped     whether stop() has been called
     """
 
-    def __init__(self, loop, limit, timeout=100, protocols=PROTOCOLS):
+    def __init__(self, loop, limit, most, timeout=100, protocols=PROTOCOLS):
         self.loop = loop
         self.limit = limit
+        self.most = most
         self.timeout = timeout
         self.hosts = {}
+        self.stopped = False
         self._protocols = protocols
-        self._stopped = False
         # {(authorization, route): {url: (size, validators) or NO_FILE}}
         self._answers = {}
-        # {key: requests that wait for the answer to another one}
-        self._asked = {}
         # Requests that are not answered, and seconds in which there were any, before the time _busy_since
         self._open = 0
         self._busy = self._busy_since = 0
@@ -66,7 +67,7 @@ class Pool:
         self._open += len(requests)
         groups = {}
         for request in requests:
-            if self._stopped:
+            if self.stopped:
                 self.finish(request, None, Cancelled("the build has ended"))
             elif self._has_to_be_asked(request):
                 groups.setdefault(request.origin, []).append(request)
@@ -74,57 +75,46 @@ class Pool:
             self._host(origin).submit(group)
 
     def _host(self, origin):
-        host = self.hosts.get(origin)
-        if host is None:
-            host = self.hosts[origin] = Host(self, origin, *self._protocols[origin.scheme])
-        return host
+        if origin not in self.hosts:
+            self.hosts[origin] = Host(self, origin, *self._protocols[origin.scheme])
+        return self.hosts[origin]
 
     def _has_to_be_asked(self, request):
-        """If not, it has been answered, or waits for the answer to the same request"""
+        """If not, it has been answered"""
+        if request.probe:
+            return True
         known = self._answers.get(request.key[0], {}).get(request.key[1])
-        if request.method == "HEAD" and known and not self.is_healthy(request.origin, request.route):
-            # To answer that there is a file would be of no use if it cannot be fetched
-            known = None
         if known == NO_FILE:
             self._conclude(request, Response(404, {}, None), None)
             return False
         if request.method == "GET":
             request.size, request.validators = known or (None, None)
-            return True
-        if known:
+        elif known and not request.fresh and self.is_healthy(request.origin, request.route):
+            # Otherwise to answer that there is a file would be of no use: it cannot be fetched
             self._conclude(request, Response(200, {}, known[0]), None)
             return False
-        if request.key in self._asked:
-            self._asked[request.key].append(request)
-            return False
-        self._asked[request.key] = []
         return True
 
     def resubmit(self, request):
         """Of a host: request has been changed, and may belong to another host now"""
-        if self._stopped:
+        if self.stopped:
             self.finish(request, None, Cancelled("the build has ended"))
         else:
             self._host(request.origin).submit([request])
 
     def finish(self, request, response, error):
         """Of a host: request is answered"""
-        is_head = request.asked == "HEAD"
-        if response:
+        if response and not request.probe:
             answers = self._answers.setdefault(request.key[0], {})
             if response.status == 200:
                 answers[request.key[1]] = response.length, response.validators
-            elif response.status in (MISSING if is_head else ABSENT):
+            elif response.status in (MISSING if request.asked == "HEAD" else ABSENT):
                 answers[request.key[1]] = NO_FILE
-        others = self._asked.pop(request.key, ()) if is_head else ()
         self._conclude(request, response, error)
-        for other in others:
-            if isinstance(error, Cancelled) and not other.cancelled:
-                # Only the first one is not needed any more
-                self._open -= 1
-                self.submit([other])
-            else:
-                self._conclude(other, response, error)
+
+    def reject(self, request):
+        """What request was answered with is not the file that it should be: count that as absent"""
+        self._answers.setdefault(request.key[0], {})[request.key[1]] = NO_FILE
 
     def _conclude(self, request, response, error):
         self._open -= 1
@@ -134,15 +124,24 @@ class Pool:
 
     def hurry(self, requests):
         """Send those of requests that are still queued before all others"""
-        for host in self.hosts.values():
-            host.hurry(requests)
         for request in requests:
+            if request.origin in self.hosts:
+                self.hosts[request.origin].hurry(request)
             # Also of those that are in flight the answers are urgent
             request.first = True
 
     def has_room(self):
         """Of a host: whether there may be one more connection"""
-        return sum(host.size for host in self.hosts.values()) < MAX_CONNECTIONS
+        return sum(host.lanes.size for host in self.hosts.values()) < MAX_CONNECTIONS
+
+    def make_room(self):
+        """Close an idle connection to another host. Returns False if there is none."""
+        for host in self.hosts.values():
+            for connection in host.lanes.connections:
+                if not connection.in_flight:
+                    connection.close()
+                    return True
+        return False
 
     def is_healthy(self, origin, route):
         """Whether the last event of a host was an answer, or there was none. From any thread."""
@@ -154,6 +153,6 @@ class Pool:
         return self._busy + (self.loop.time() - self._busy_since if self._open else 0)
 
     def stop(self):
-        self._stopped = True
+        self.stopped = True
         for host in self.hosts.values():
             host.stop()

@@ -7,32 +7,28 @@
 """
 The thread with the event loop that owns all shared connections.
 
-A ConnectionServer lives as long as there is something to be done; in between
-there is no thread and no connection. Other processes use it over its socket.
-The thread that started it hands over batches of requests; their answers wait in
-a queue, together with a descriptor that becomes readable. That thread calls everything in here except _run() and what that calls.
-
-A forked child closes the descriptors and takes no lock.
+A ConnectionServer lives as long as there is something to be done; in between there is no thread and no connection. The
+thread that starts it, which is the runqueue's, submits batches of requests, and delivers their answers itself when a
+descriptor becomes readable. Other processes use a socket (peers.py). What is known of hosts is in pool.py.
 
     server = ConnectionServer(connections=4)
     server.start()
     server.submit(requests, answered)
     while ...:
-        server.wait(1)
-        server.deliver()        # calls answered(request, response, error)
+        server.deliver(1)       # waits for a second, and calls answered(request, response, error)
     server.stop()
 """
 
 import asyncio
 import collections
+import concurrent.futures
+import contextlib
 import os
-import selectors
-import select
 import socket
 import sys
 import threading
 
-from bb.connections import Cancelled, ConnectionCacheError, protocol, splice
+from bb.connections import Cancelled, ConnectionCacheError, splice
 from bb.connections.peers import Peers
 from bb.connections.pool import PROTOCOLS, Pool
 
@@ -41,7 +37,8 @@ STOP_TIMEOUT = 10
 # Longest delay of answers that are not urgent, in seconds; not delayed once this many are waiting
 DELAY = 0.05
 ENOUGH = 24
-# Seconds between switches of threads while bodies are awaited; Python's default is 5 ms
+# Seconds between switches of threads, and while bodies are awaited
+USUAL_SWITCH_INTERVAL = sys.getswitchinterval()
 SWITCH_INTERVAL = 0.001
 
 # Servers that run in this process
@@ -56,103 +53,87 @@ def stop_all():
         server.stop()
 
 def _forked():
-    servers = list(_running)
-    _running.clear()
-    # Once only: a child of this child may have other files with these numbers
-    _inherited.extend(servers)
-    for server in servers:
+    # Without any lock; and once only, since a child of this child may have other files with these numbers
+    while _running:
+        server = _running.pop()
+        _inherited.append(server)
         server.close_descriptors()
 
 os.register_at_fork(after_in_child=_forked)
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """Resolves names in threads of their own: those of the default executor would be joined when the process ends"""
+    """Resolves names in daemon threads: those of the default executor would be joined when the process ends"""
 
-    def __init__(self):
-        self.selector = selectors.DefaultSelector()
-        super().__init__(self.selector)
+    def run_in_executor(self, executor, function, *args):
+        outcome = concurrent.futures.Future()
 
-    async def getaddrinfo(self, host, port, *, family=0, type=0, proto=0, flags=0):
-        answer = self.create_future()
-
-        def finish(outcome):
-            if not answer.done():
-                answer.set_result(outcome)
-
-        def resolve():
+        def run():
             try:
-                outcome = socket.getaddrinfo(host, port, family, type, proto, flags)
-            except (OSError, UnicodeError) as e:
-                outcome = e if isinstance(e, OSError) else OSError("invalid name")
-            try:
-                self.call_soon_threadsafe(finish, outcome)
-            except RuntimeError:
-                # The loop was closed meanwhile
-                pass
+                outcome.set_result(function(*args))
+            except Exception as e:
+                outcome.set_exception(e)
 
+        # From now on it cannot be cancelled, which run() does not expect
+        outcome.set_running_or_notify_cancel()
         try:
-            threading.Thread(target=resolve, name="connection lookup", daemon=True).start()
+            threading.Thread(target=run, name="connection lookup", daemon=True).start()
         except RuntimeError as e:
             raise OSError(str(e)) from e
-        outcome = await answer
-        if isinstance(outcome, OSError):
-            raise outcome
-        return outcome
+        return asyncio.wrap_future(outcome, loop=self)
 
     def descriptors(self):
         """What a forked child has to close"""
-        return [self.selector.fileno(), self._csock.fileno(), *self.selector.get_map()]
+        return [self._selector.fileno(), self._csock.fileno(), *self._selector.get_map()]
 
 
 class ConnectionServer:
     """
-    connections is the limit for each host, peers how many other processes are
-    served at the same time, timeout how many seconds without any data end a
-    connection, log a function for messages to bitbake's developers.
+    connections and most are the limits for each host, the latter if it pays, timeout how many seconds without any data
+    end a connection, log a function for messages to bitbake's developers, protocols as of Pool. All but wake() is for the
+    thread that delivers the answers.
 
     address     for other processes, while it runs
+    is_running  whether requests may be answered; if not, they fail
+    pool, peers Pool and Peers, which belong to the loop's thread
     """
 
-    def __init__(self, connections=4, peers=64, timeout=100, log=lambda message: None, protocols=PROTOCOLS):
+    def __init__(self, connections=4, most=None, timeout=100, log=lambda message: None, protocols=PROTOCOLS):
         self.address = None
-        self._settings = connections, timeout, protocols
-        self._most_peers = peers
+        self.is_running = False
+        self._settings = connections, most or connections, timeout, protocols
         self._log = log
         self._thread = None
-        # [(requests, answered)] to be taken by the loop, and (request, response, error) to be delivered
-        self._incoming = collections.deque()
+        # For requests that are left when the thread ends
+        self._error = Cancelled("the build has ended")
+        # {request: answered} of those without an answer, and [(request, answered, response, error)] to be delivered
+        self._open = {}
         self._answers = collections.deque()
-        self._delayed = None
-        # Whether the descriptor is readable
-        self._awake = False
-        # Bodies that are awaited by submit(), and the interpreter's switch interval without any
+        # How many of both have a body
         self._bodies = 0
-        self._switch_interval = None
-        self._fault = None
+        # Whether the descriptor is readable, and the timer that delays that
+        self._awake = False
+        self._delay = None
 
     def start(self):
         """Start the thread, and accept other processes. Raises OSError or RuntimeError if that is not possible."""
-        self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._loop = self._peers = None
-        try:
+        with contextlib.ExitStack() as undo:
+            self._wakeup, self._waker = (undo.enter_context(sock) for sock in socket.socketpair())
             self._loop = Loop()
+            undo.callback(self._loop.close)
             self._loop.set_exception_handler(self._handle)
-            self._pool = Pool(self._loop, *self._settings)
-            self._peers = Peers(self._loop, self._pool.submit, self._settings[2], self._log, self._most_peers)
+            self.pool = Pool(self._loop, *self._settings)
+            self.peers = Peers(self._loop, self.pool.submit, self._settings[-1], self._log)
+            undo.callback(self.peers.close)
+            undo.callback(_running.discard, self)
+            _running.add(self)
+            self.address = self.peers.address
+            self.is_running = True
             # The process must not stay because of it if the main thread dies of an exception
             thread = threading.Thread(target=self._run, name="connection server", daemon=True)
             thread.start()
-        except (OSError, RuntimeError):
-            if self._peers:
-                self._peers.close()
-            if self._loop:
-                self._loop.close()
-            self._close_pipe()
-            raise
+            undo.pop_all()
         self._thread = thread
-        self.address = self._peers.address
-        _running.add(self)
 
     def stop(self):
         """
@@ -163,174 +144,121 @@ class ConnectionServer:
         if not thread:
             return True
         self.address = None
-        try:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        except RuntimeError:
-            # It has ended because of a fault
-            pass
+        self.is_running = False
+        self._call(self._loop.stop)
         thread.join(2 * STOP_TIMEOUT)
         if thread.is_alive():
             return False
-        self._close_pipe()
+        self._wakeup.close()
+        self._waker.close()
         return True
-
-    def _close_pipe(self):
-        wakeup, waker, self._wakeup, self._waker = self._wakeup, self._waker, None, None
-        os.close(wakeup)
-        os.close(waker)
 
     def close_descriptors(self):
         """In a forked child"""
-        shared = {self._wakeup, self._waker, *self._loop.descriptors(), *self._peers.descriptors(), *splice.descriptors}
-        for host in list(self._pool.hosts.values()):
-            shared.update(request.fd for request in host.unanswered())
-        for fd in shared:
-            if isinstance(fd, int) and fd >= 0:
-                try:
-                    os.close(fd)
-                except OSError:
-                    # The parent was about to close it
-                    pass
-
-    # The two doors
-
-    @property
-    def is_running(self):
-        """Whether requests may be answered. If not, they fail."""
-        return self._thread is not None and self._fault is None
+        own = {self._wakeup.fileno(), self._waker.fileno(), *self._loop.descriptors(), *self.peers.descriptors()}
+        files = {request.fd for request in self._open if request.fd is not None}
+        for fd in own | files | splice.descriptors:
+            with contextlib.suppress(OSError):
+                # The parent was about to close it
+                os.close(fd)
 
     def submit(self, requests, answered, first=False):
         """
-        Queue requests, if first before all that are not. answered(request, response, error) is called by deliver().
-        Does not block.
+        Queue requests, if first before all that are not. answered(request, response, error) is called by deliver(),
+        once for each. Does not block.
         """
         for request in requests:
             request.first = first
-            request.context = answered
             request.done = self._answered
-            self._count_bodies(request, 1)
-        self._incoming.append(requests)
-        self._call(self._take)
+        self._open.update(dict.fromkeys(requests, answered))
+        self._count_bodies(sum(request.fd is not None for request in requests))
+        self._call(self.pool.submit, requests)
 
     def hurry(self, requests):
         """Send those of requests that are still queued before others. Does not block."""
-        self._call(self._pool.hurry, requests)
+        self._call(self.pool.hurry, requests)
+
+    def reject(self, request):
+        """request was answered with another file than it should: count that as absent. Does not block."""
+        self._call(self.pool.reject, request)
 
     def _call(self, function, *args):
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
-            # The loop is closed
-            self._refuse()
-
-    def wake(self):
-        """Let wait() return, and the descriptor become readable. From any thread."""
-        if not self._awake:
-            self._awake = True
-            try:
-                os.write(self._waker, b"x")
-            except (OSError, TypeError):
-                # It is closed, nobody waits
-                pass
+            # The loop is closed, so deliver() has something to do
+            self.wake()
 
     def fileno(self):
         """A descriptor that is readable if there are answers to deliver"""
-        return self._wakeup
+        return self._wakeup.fileno()
 
-    def wait(self, seconds):
-        """Block until there are answers, wake() is called, or for so many seconds"""
-        if self._wakeup is not None:
-            poll = select.poll()
-            poll.register(self._wakeup, select.POLLIN)
-            poll.poll(seconds * 1000)
+    def wake(self):
+        """Let fileno() become readable, and deliver() return. From any thread."""
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):
+                # Closed: nobody waits
+                self._waker.send(b"x")
 
-    def deliver(self):
-        """Call answered() for each answer that has arrived"""
-        if self._wakeup is not None:
-            try:
-                os.read(self._wakeup, 16)
-            except BlockingIOError:
-                pass
+    def deliver(self, seconds=0):
+        """
+        Call answered() for each answer that has arrived; if there is none, wait for so many seconds, or until wake() is
+        called. Once the server has ended, what is left is answered with an error.
+        """
+        with contextlib.suppress(OSError):
+            self._wakeup.settimeout(seconds)
+            self._wakeup.recv(16)
         # What is appended to the queue from now on wakes this thread again
         self._awake = False
+        if self._loop.is_closed():
+            while self._open:
+                self._answers.append((*self._open.popitem(), None, self._error))
         while self._answers:
-            request, response, error = self._answers.popleft()
-            self._count_bodies(request, -1)
-            request.context(request, response, error)
+            request, answered, response, error = self._answers.popleft()
+            if request.fd is not None:
+                self._count_bodies(-1)
+            answered(request, response, error)
 
-    def _count_bodies(self, request, number):
+    def _count_bodies(self, change):
         """
         While bodies are awaited, let threads take turns more often: each write to a file releases the interpreter's
         lock, and with a thread that only computes the loop has to wait for a switch interval to get it back.
         """
-        if request.fd is not None:
-            self._bodies += number
-            if self._switch_interval is None:
-                self._switch_interval = sys.getswitchinterval()
-                sys.setswitchinterval(min(SWITCH_INTERVAL, self._switch_interval))
-            elif not self._bodies:
-                sys.setswitchinterval(self._switch_interval)
-                self._switch_interval = None
-
-    def is_healthy(self, origin, route):
-        """As Pool.is_healthy()"""
-        return self._pool.is_healthy(origin, route)
-
-    def has_answered(self, origin):
-        """Whether a host has given any answer so far"""
-        host = self._pool.hosts.get(origin)
-        return host is not None and host.health.answers > 0
-
-    def statistics(self):
-        """{Origin: Statistics}"""
-        return {host.origin: host.statistics for host in list(self._pool.hosts.values())}
-
-    def troubles(self):
-        """[(name of a host, reason)] of those that have been suspended"""
-        return [(host.origin.host, host.health.trouble) for host in list(self._pool.hosts.values()) if host.health.trouble]
-
-    def busy_seconds(self):
-        """As Pool.busy_seconds()"""
-        return self._pool.busy_seconds()
-
-    def peers_served(self):
-        """How many other processes have got a file"""
-        return self._peers.served
+        self._bodies += change
+        sys.setswitchinterval(min(SWITCH_INTERVAL, USUAL_SWITCH_INTERVAL) if self._bodies else USUAL_SWITCH_INTERVAL)
 
     # In the thread
 
     def _run(self):
         try:
-            self._peers.listen()
-            self._tick()
+            self.peers.tick()
             self._loop.run_forever()
             self._loop.run_until_complete(self._end())
         except Exception as e:
-            self._log("ends because of %r" % e)
-            self._fault = self._fault or e
+            self._fail("The thread ends", e)
         finally:
-            # A child that is forked from now on has nothing to close but the pipe
+            self.peers.close()
+            # A child that is forked from now on has nothing to close but the pair of sockets
             _running.discard(self)
             self._loop.close()
-            self._refuse()
-            # For answers whose wake-up has been delayed
+            # For what has no answer, or one that is delayed
             self.wake()
-
-    def _tick(self):
-        self._peers.send_progress()
-        self._loop.call_later(protocol.PROGRESS_SECONDS, self._tick)
 
     def _handle(self, loop, context):
         """Of asyncio. An exception in here is a fault of ours: others go on without this thread."""
         error = context.get("exception")
         if error and not isinstance(error, (OSError, ConnectionCacheError)):
-            self._log("%s: %r" % (context["message"], error))
-            self._fault = self._fault or error
+            self._fail(context["message"], error)
             loop.stop()
 
+    def _fail(self, message, error):
+        self._log("%s: %r" % (message, error))
+        self._error = ConnectionCacheError("internal error: %r" % error)
+        self.is_running = False
+
     async def _end(self):
-        self._peers.close_listener()
-        self._pool.stop()
+        self.pool.stop()
         deadline = self._loop.time() + STOP_TIMEOUT
         others = asyncio.all_tasks() - {asyncio.current_task()}
         while others and self._loop.time() < deadline:
@@ -339,36 +267,17 @@ class ConnectionServer:
             others = asyncio.all_tasks() - {asyncio.current_task()}
         # Transports are closed by callbacks
         await asyncio.sleep(0)
-        self._peers.close()
-
-    def _take(self):
-        try:
-            requests = self._incoming.popleft()
-        except IndexError:
-            return
-        self._pool.submit(requests)
-
-    def _refuse(self):
-        """The loop does not run any more. Also called by other threads."""
-        while self._incoming:
-            try:
-                requests = self._incoming.popleft()
-            except IndexError:
-                return
-            error = ConnectionCacheError("internal error: %r" % self._fault) if self._fault else Cancelled("the build has ended")
-            self._answers.extend((request, None, error) for request in requests)
-            self.wake()
 
     def _answered(self, request, response, error):
         """Of Request"""
-        self._answers.append((request, response, error))
+        self._answers.append((request, self._open.pop(request), response, error))
         if request.first or len(self._answers) >= ENOUGH:
-            self._wake()
-        elif not self._delayed:
-            self._delayed = self._loop.call_later(DELAY, self._wake)
+            self._end_delay()
+        elif not self._delay:
+            self._delay = self._loop.call_later(DELAY, self._end_delay)
 
-    def _wake(self):
-        if self._delayed:
-            self._delayed.cancel()
-            self._delayed = None
+    def _end_delay(self):
+        if self._delay:
+            self._delay.cancel()
+            self._delay = None
         self.wake()

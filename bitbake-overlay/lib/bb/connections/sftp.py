@@ -7,369 +7,331 @@
 """
 One SFTP session over ssh: HEAD, which is STAT, and GET into a descriptor.
 
-Used by host.py. Follows SFTP version 3 (draft-ietf-secsh-filexfer-02) and
-limits@openssh.com (OpenSSH's PROTOCOL file). Requests are pipelined across
-files, and answers may come in any order. A GET is OPEN, then FSTAT and the
-first READ together, further READs up to the size of the file, and a CLOSE
-whose answer nobody waits for.
+Used by host.py, in the thread of the event loop. Follows SFTP version 3
+(draft-ietf-secsh-filexfer-02) and limits@openssh.com (OpenSSH's PROTOCOL, 4.8).
+Requests for many files are in flight, and answers may come in any order.
 
     connection = await connect(loop, host, origin, route, timeout)
     connection.send(requests)       # host.answered() and host.ended() are called
 """
 
 import collections
+import os
 import stat
 import struct
 
 from bb.connections import Cancelled, DestinationError, Disconnected, ProtocolError, StatusError
 from bb.connections.connection import Connection
-from bb.connections.request import Response, redact
+from bb.connections.request import Response, redact, unwritable
 from bb.connections.ssh import SSH, printable
-from bb.connections.transfer import Transfer
 
+# Version of the protocol, types of packets, status codes, flags of ATTRS
 VERSION = 3
-# Types of packets
 FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_FSTAT, FXP_STAT = 1, 2, 3, 4, 5, 8, 17
 FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_ATTRS, FXP_EXTENDED, FXP_EXTENDED_REPLY = 101, 102, 103, 105, 200, 201
-# Status codes
 FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED = 1, 2, 3
-# Flags of ATTRS
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS = 1, 2, 4
-
-ANSWER = struct.Struct(">IBI")
-REQUEST = struct.Struct(">IBII")
-UINT32 = struct.Struct(">I")
-UINT64 = struct.Struct(">Q")
-RANGE = struct.Struct(">QI")
-LIMITS = struct.Struct(">QQQQ")
+# The equivalent in HTTP
+STATUSES = {FX_NO_SUCH_FILE: 404, FX_PERMISSION_DENIED: 403}
+SERVER_ERROR = 500
+# Length, type, id of a packet; the same of a request, and the length of its string; range of a READ
+HEAD, REQUEST, RANGE = struct.Struct(">IBI"), struct.Struct(">IBII"), struct.Struct(">QI")
+UINT32, UINT64 = struct.Struct(">I"), struct.Struct(">Q")
 # Flags of OPEN, and no attributes
 READ_ONLY = struct.pack(">II", 1, 0)
-
-# Bytes: the longest packet (OpenSSH has 256 KiB) and handle that are accepted
-MAX_PACKET = 256 * 1024 + 1024
-MAX_HANDLE = 256
-# Bytes of a READ: what every server allows, and the most; and of all READs in flight
-READ = 32 * 1024
-MAX_READ = 255 * 1024
-WINDOW = 2 * 1024 * 1024
+# Bytes of the longest packet (OpenSSH has 256 KiB) and handle that are accepted
+MAX_PACKET, MAX_HANDLE = 256 * 1024 + 1024, 256
+# Bytes of a READ (what every server allows, and the most), and of all in flight
+READ, MAX_READ, WINDOW = 32 * 1024, 255 * 1024, 2 * 1024 * 1024
 # Files that are open at the same time, if the server does not announce a limit
 HANDLES = 100
 
 
 async def connect(loop, owner, origin, route, timeout):
     """Returns an SFTPConnection. Raises ConnectError or RefusedError. If it is cancelled, ssh is ended."""
-    connection = SFTPConnection(loop, owner, origin, route, timeout)
-    sock = connection.ssh.start("sftp")
+    ssh = SSH(loop, origin, dict(route.environment), "sftp")
+    connection = SFTPConnection(loop, owner, origin, route, timeout, ssh)
     try:
-        await loop.create_connection(lambda: connection, sock=sock)
+        await loop.create_connection(lambda: connection, sock=ssh.sock)
         await connection.greeted
-        connection.ssh.established = True
+        ssh.established = True
         return connection
     except Disconnected as e:
-        raise await connection.ssh.error() from e
+        raise await ssh.error() from e
     except ProtocolError as e:
-        raise connection.ssh.connect_error(e, False) from e
+        raise ssh.connect_error(e, False) from e
     finally:
-        if not connection.ssh.established:
+        if not ssh.established:
             connection.close()
-            connection.ssh.end()
-            sock.close()
+            ssh.end()
 
 
 class SFTPConnection(Connection):
     """What is wrong with one file is the error of its request only"""
-    # sshd refuses logins if there are many at the same time. An answer tells which request it is for.
+    # sshd refuses logins if there are many at the same time
     serial = True
-    tried = False
 
-    def __init__(self, loop, owner, origin, route, timeout):
+    def __init__(self, loop, owner, origin, route, timeout, ssh):
         super().__init__(loop, owner, origin, route, timeout)
-        self.ssh = SSH(loop, origin, dict(route.environment))
-        # Done when the server has greeted
+        self._ssh = ssh
         self.greeted = loop.create_future()
-        self._id = 0
-        # {id of a packet: (function that takes type, begin and end of the answer, its further arguments)}
-        self._pending = {}
+        # End of the packet whose next field is at start
+        self._stop = 0
+        # Of the last packet that was sent, and {id of a packet: pending of ask()}
+        self._id, self._pending = 0, {}
+        # Packets to send; GETs that wait for a handle; (Download, begin, end) for what waits for its turn to be read
         self._output = []
-        self._handles = 0
-        self._max_handles = HANDLES
-        self._read_size = READ
-        # No file is opened before the server has announced its limits
-        self._limits_known = True
-        # Bytes of the READs in flight
-        self._outstanding = 0
-        # Transfers that wait for a handle, and those that want to send a READ
-        self._unopened = collections.deque()
-        self._ready = collections.deque()
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        transport.write(ANSWER.pack(5, FXP_INIT, VERSION))
-
-    def close(self, error=None):
-        if self.is_open:
-            super().close(error)
-            self._ended(error)
-
-    def _ended(self, error):
-        if self.ssh.established:
-            self.ssh.end()
-        elif not self.greeted.done():
-            self.greeted.set_exception(error or Disconnected("closed"))
-
-    # Packets
-
-    def parse(self):
-        try:
-            yield from self._greeting()
-            while True:
-                self._read_packets()
-                self._proceed()
-                yield
-        except Exception as e:
-            self._ended(e)
-            raise
-
-    def _greeting(self):
-        while self.end < UINT32.size:
-            yield
-        stop = UINT32.size + UINT32.unpack_from(self.data)[0]
-        if not ANSWER.size <= stop <= MAX_PACKET:
-            raise ProtocolError("instead of SFTP the server sends '%s', as if ~/.bashrc or the like prints something "
-                                "without a terminal" % printable(self.data[:self.end]))
-        while self.end < stop:
-            yield
-        _, kind, version = ANSWER.unpack_from(self.data)
-        if kind != FXP_VERSION or version < VERSION:
-            raise ProtocolError("the server does not support SFTP version %s" % VERSION)
-        # Name and data of each extension
-        strings = []
-        pos = ANSWER.size
-        while pos < stop:
-            begin = pos + UINT32.size
-            pos = begin + self._number(pos, stop)
-            strings.append(bytes(self.data[begin:pos]))
-        if pos != stop:
-            raise ProtocolError("a packet is too short")
-        self.start = stop
-        if b"limits@openssh.com" in strings[::2]:
-            # STATs need not wait for the answer
-            self._limits_known = False
-            self._ask(FXP_EXTENDED, b"limits@openssh.com", b"", self._limits)
-        self.greeted.set_result(None)
-
-    def _limits(self, kind, pos, stop):
-        """OpenSSH's PROTOCOL, 4.8. 0 is no limit, or an unknown one."""
-        self._limits_known = True
-        if kind == FXP_EXTENDED_REPLY and stop - pos >= LIMITS.size:
-            _, read, _, handles = LIMITS.unpack_from(self.data, pos)
-            self._read_size = min(max(read, READ), MAX_READ)
-            self._max_handles = handles or HANDLES
-
-    def _ask(self, kind, subject, tail, *pending):
-        """Queue a packet"""
-        self._id = ident = self._id + 1 & 0xffffffff
-        self._pending[ident] = pending
-        size = len(subject)
-        self._output.append(REQUEST.pack(9 + size + len(tail), kind, ident, size) + subject + tail)
-
-    def _read_packets(self):
-        while self.end - self.start >= ANSWER.size:
-            length, kind, ident = ANSWER.unpack_from(self.data, self.start)
-            begin, stop = self.start + ANSWER.size, self.start + UINT32.size + length
-            if stop > self.end or length < 5:
-                break
-            self.start = stop
-            pending = self._pending.pop(ident, None)
-            if pending is None:
-                raise ProtocolError("%s: an answer without a request, id %s" % (self.origin.host, ident))
-            pending[0](kind, begin, stop, *pending[1:])
-        if self.end - self.start >= UINT32.size:
-            length, = UINT32.unpack_from(self.data, self.start)
-            if not 5 <= length <= MAX_PACKET:
-                raise ProtocolError("%s: a packet of %s bytes" % (self.origin.host, length))
-
-    def _number(self, pos, stop, number=UINT32):
-        if stop - pos < number.size:
-            raise ProtocolError("%s: a packet is too short" % self.origin.host)
-        return number.unpack_from(self.data, pos)[0]
-
-    def _string(self, pos, stop):
-        """Where the string begins that is the rest of a packet"""
-        if self._number(pos, stop) != stop - pos - UINT32.size:
-            raise ProtocolError("%s: a string is not as long as its packet" % self.origin.host)
-        return pos + UINT32.size
-
-    def _expect(self, kind, expected):
-        if kind != expected:
-            raise ProtocolError("%s: a packet of type %s is not an answer to the request" % (self.origin.host, kind))
-
-    # Requests and their answers
+        self._unopened, self.unread = collections.deque(), collections.deque()
+        # Files that are open, and bytes of the READs in flight
+        self.handles = self.reading = 0
+        self.max_handles = self.announced_handles = HANDLES
+        self.max_read = READ
 
     def send(self, requests):
-        """Does not block"""
         super().send(requests)
         for request in requests:
             if request.method == "GET":
-                self._unopened.append(Transfer(request))
+                self._unopened.append(request)
             else:
-                self._ask(FXP_STAT, request.target, b"", self._stated, request)
+                self.ask(FXP_STAT, request.target, b"", FXP_ATTRS, self._stated, request)
         self._proceed()
 
-    def _finish(self, request, response, error):
-        if request.cancelled:
-            response, error = None, Cancelled("the answer is not needed any more")
-        if self.in_flight[0] is request:
-            self.in_flight.popleft()
-        else:
-            self.in_flight.remove(request)
-        self.answer(request, response, error)
-
-    def _stated(self, kind, pos, stop, request):
-        self._finish(request, *self._outcome(kind, pos, stop, request))
-
-    def _outcome(self, kind, pos, stop, request):
-        """What the answer to STAT or FSTAT, or a status, means: (response, error)"""
-        if kind == FXP_STATUS:
-            return self._status_outcome(pos, stop, request)
-        self._expect(kind, FXP_ATTRS)
-        flags = self._number(pos, stop)
-        pos += UINT32.size
-        size = None
-        if flags & ATTR_SIZE:
-            size = self._number(pos, stop, UINT64)
-            pos += UINT64.size
-        if flags & ATTR_PERMISSIONS:
-            if flags & ATTR_UIDGID:
-                pos += 2 * UINT32.size
-            if not stat.S_ISREG(self._number(pos, stop)):
-                return Response(404, {}, None), None
-        if size is None:
-            return None, StatusError("%s: the server does not announce the size of the file" % redact(request.url), 200)
-        return Response(200, {}, size), None
-
-    def _status_outcome(self, pos, stop, request):
-        code = self._number(pos, stop)
-        if code == FX_NO_SUCH_FILE:
-            return Response(404, {}, None), None
-        if code == FX_PERMISSION_DENIED:
-            return Response(403, {}, None), None
-        text = ""
-        if stop - pos > 8:
-            begin = pos + 8
-            text = printable(self.data[begin:min(begin + self._number(pos + 4, stop), stop)])
-        return None, StatusError("%s: SFTP status %s %s" % (redact(request.url), code, text), code)
-
-    # GET
+    def ask(self, kind, subject, tail, *pending):
+        """Queue a packet. pending: type of its answer (STATUS apart), function that takes the type, its other arguments"""
+        self._id = ident = self._id + 1 & 0xffffffff
+        self._pending[ident] = pending
+        self._output.append(REQUEST.pack(9 + len(subject) + len(tail), kind, ident, len(subject)) + subject + tail)
 
     def _proceed(self):
         """Send what is queued, and the OPENs and READs that there is room for: one READ for each file in its turn"""
-        while self._unopened and self._handles < self._max_handles and self._limits_known:
-            transfer = self._unopened.popleft()
-            self._handles += 1
-            self._ask(FXP_OPEN, transfer.request.target, READ_ONLY, self._opened, transfer)
-        while self._ready:
-            transfer = self._ready[0]
-            size = transfer.next_read(READ, self._read_size)
-            if size and self._outstanding and self._outstanding + size > WINDOW:
-                break
-            self._ready.popleft()
-            transfer.queued = False
-            if size:
-                self._read(transfer, transfer.asked, size)
-                transfer.asked += size
-            if transfer.size is not None:
-                self._advance(transfer)
-        if self._output:
-            self.transport.write(b"".join(self._output))
-            self._output.clear()
+        while self._unopened and self.handles < self.max_handles:
+            self.handles += 1
+            Download(self, self._unopened.popleft())
+        while self.unread and self.reading + self.max_read <= WINDOW:
+            download, begin, end = self.unread.popleft()
+            size = min(end - begin, self.max_read)
+            if size > 0 and not download.is_over:
+                self.reading += size
+                self.ask(FXP_READ, download.handle, RANGE.pack(begin, size), FXP_DATA, download.answered, begin, size)
+                self.unread.append((download, begin + size, end))
+        self.transport.write(b"".join(self._output))
+        self._output.clear()
 
-    def _read(self, transfer, offset, size):
-        self._outstanding += size
-        self._ask(FXP_READ, transfer.handle, RANGE.pack(offset, size), self._received, transfer, offset, size)
-
-    def _want_read(self, transfer):
-        transfer.queued = True
-        self._ready.append(transfer)
-
-    def _opened(self, kind, pos, stop, transfer):
-        request = transfer.request
-        if kind == FXP_STATUS:
-            self._handles -= 1
-            self._finish(request, *self._status_outcome(pos, stop, request))
-            return
-        self._expect(kind, FXP_HANDLE)
-        begin = self._string(pos, stop)
-        if stop - begin > MAX_HANDLE:
-            raise ProtocolError("%s: a handle of %s bytes" % (self.origin.host, stop - begin))
-        transfer.handle = bytes(self.data[begin:stop])
+    def parse(self):
+        self.transport.write(HEAD.pack(5, FXP_INIT, VERSION))
         try:
-            request.begin_body()
-        except DestinationError as e:
-            transfer.fail(e)
-        if request.cancelled or transfer.failure:
-            self._end_transfer(transfer)
-            return
-        self._ask(FXP_FSTAT, transfer.handle, b"", self._sized, transfer)
-        if request.size != 0:
-            self._want_read(transfer)
+            while True:
+                while self._use_packet():
+                    self.start = self._stop
+                self._proceed()
+                yield
+        except Exception as e:
+            if not self.greeted.done():
+                self.greeted.set_exception(e)
+            raise
+        finally:
+            # Also by close()
+            self._ssh.end()
 
-    def _sized(self, kind, pos, stop, transfer):
-        if transfer.request is None:
-            return
-        response, error = self._outcome(kind, pos, stop, transfer.request)
-        if error or response.status != 200:
-            transfer.fail(error, response)
+    def _use_packet(self):
+        """Returns False if there is none, or a part only"""
+        if self.end - self.start < 4:
+            return False
+        length, = UINT32.unpack_from(self.data, self.start)
+        if not 5 <= length <= MAX_PACKET:
+            if self.greeted.done():
+                raise self.error("a packet of %s bytes" % length)
+            raise ProtocolError("instead of SFTP the server sends '%s', as if ~/.bashrc or the like prints something "
+                                "without a terminal" % printable(self.data[self.start:self.end]))
+        self._stop = self.start + 4 + length
+        if self._stop > self.end:
+            return False
+        _, kind, ident = HEAD.unpack_from(self.data, self.start)
+        self.start += HEAD.size
+        pending = self._pending.pop(ident, None)
+        if pending and (kind == pending[0] or kind == FXP_STATUS):
+            pending[1](kind, *pending[2:])
+        elif self.greeted.done():
+            raise self.error("a packet of type %s, id %s is not an answer to a request" % (kind, ident))
         else:
-            transfer.size = response.length
-        self._advance(transfer)
+            self._greet(kind, ident)
+        return True
 
-    def _received(self, kind, pos, stop, transfer, offset, size):
-        """The answer to the READ of size bytes at offset"""
-        self._outstanding -= size
-        if transfer.request is None:
+    def _greet(self, kind, version):
+        if kind != FXP_VERSION or version < VERSION:
+            raise ProtocolError("the server does not support SFTP version %s" % VERSION)
+        names_and_data = []
+        while self.start < self._stop:
+            names_and_data.append(bytes(self.string()))
+        if b"limits@openssh.com" in names_and_data[::2]:
+            # No file is opened before they are known. STATs need not wait.
+            self.max_handles = 0
+            self.ask(FXP_EXTENDED, b"limits@openssh.com", b"", FXP_EXTENDED_REPLY, self._limited)
+        self.greeted.set_result(None)
+
+    def _limited(self, kind):
+        self.max_handles = HANDLES
+        if kind == FXP_EXTENDED_REPLY and self._stop - self.start >= 4 * UINT64.size:
+            _, size, _, handles = [self.number(UINT64) for _ in range(4)]
+            # 0 is no limit, or an unknown one
+            self.max_read = min(max(size, READ), MAX_READ)
+            self.max_handles = self.announced_handles = handles or HANDLES
+
+    def error(self, text):
+        return ProtocolError("%s: %s" % (self.origin.host, text))
+
+    def number(self, layout=UINT32):
+        """The next field of the packet"""
+        begin = self.start
+        self.start = begin + layout.size
+        if self.start > self._stop:
+            raise self.error("a packet is too short")
+        return layout.unpack_from(self.data, begin)[0]
+
+    def string(self):
+        """The next field, a view of the receive buffer"""
+        size = self.number()
+        self.start += size
+        if self.start > self._stop:
+            raise self.error("a packet is too short")
+        return self.view[self.start - size:self.start]
+
+    def last_string(self, limit):
+        """A string of 1 to limit bytes, with nothing behind it"""
+        string = self.string()
+        if self.start != self._stop or not 0 < len(string) <= limit:
+            raise self.error("a string of %s bytes in a packet" % len(string))
+        return string
+
+    def outcome(self, kind, request):
+        """What an ATTRS or STATUS means for request: (response, error)"""
+        if kind == FXP_ATTRS:
+            flags = self.number()
+            size = self.number(UINT64) if flags & ATTR_SIZE else None
+            if flags & ATTR_UIDGID:
+                self.start += UINT64.size
+            if flags & ATTR_PERMISSIONS and not stat.S_ISREG(self.number()):
+                return Response(404, {}, None), None
+            if size is None:
+                return None, StatusError("%s: the server does not announce the size of the file" % redact(request.url), 200)
+            return Response(200, {}, size), None
+        code = self.number()
+        # Servers of before version 3 send no message
+        text = printable(self.string()) if self.start < self._stop else ""
+        if code == FX_EOF:
+            return None, ProtocolError("%s: ends at %s bytes, before its size" % (redact(request.url), request.received))
+        # Some servers say FAILURE for a file that does not exist
+        return Response(STATUSES.get(code, SERVER_ERROR), {"reason": "SFTP status %s %s" % (code, text)}, None), None
+
+    def _stated(self, kind, request):
+        self.finish(request, *self.outcome(kind, request))
+
+    def finish(self, request, response, error):
+        if request.cancelled:
+            response, error = None, Cancelled("the answer is not needed any more")
+        self.in_flight.remove(request)
+        self.answer(request, response, error)
+
+    def postpone(self, request):
+        """Open fewer files at the same time"""
+        self.max_handles = max(1, self.handles - 1)
+        self._unopened.appendleft(request)
+
+    def closed(self, _):
+        self.handles -= 1
+
+
+class Download:
+    """A GET: OPEN, FSTAT and the first READ together, the other READs, and a CLOSE whose answer nobody waits for"""
+
+    def __init__(self, session, request):
+        self.handle = None
+        self.is_over = False
+        self._session, self._request = session, request
+        self._steps = self._run()
+        next(self._steps)
+
+    def _run(self):
+        """Generator, which is resumed with the arguments of answered(). Returns (response, error)."""
+        request, session = self._request, self._session
+        session.ask(FXP_OPEN, request.target, READ_ONLY, FXP_HANDLE, self.answered)
+        kind, _, _ = yield
+        if kind == FXP_STATUS:
+            response, error = session.outcome(kind, request)
+            if not error and response.status == SERVER_ERROR:
+                # There may be a limit that the server does not announce; not if this file alone cannot be opened either
+                if session.handles > 1:
+                    return None, None
+                session.max_handles = session.announced_handles
+            return response, error
+        self.handle = bytes(session.last_string(MAX_HANDLE))
+        request.begin_body()
+        session.ask(FXP_FSTAT, self.handle, b"", FXP_ATTRS, self.answered)
+        # One byte more than there should be: it would come if the file grew
+        begin = min(READ if request.size is None else request.size + 1, session.max_read)
+        session.unread.append((self, 0, begin))
+        kind, offset, asked = yield
+        # Up to where READs have been answered
+        reached = 0
+        if asked:
+            # The READ is answered before the FSTAT. If it has failed, the next one tells why.
+            begin = 0 if kind == FXP_STATUS else self._write(offset, asked)
+            reached = 0 if kind == FXP_STATUS else asked
+            kind, _, _ = yield
+        response, error = session.outcome(kind, request)
+        if kind == FXP_STATUS and request.size is not None:
+            # The size as in the answer to STAT
+            response = Response(200, {}, request.size)
+        if error or response.status != 200:
+            return response, error
+        session.unread.append((self, begin, response.length + 1))
+        while request.received < response.length or reached <= response.length:
+            kind, offset, asked = yield
+            if kind == FXP_STATUS and offset < response.length:
+                return session.outcome(kind, request)
+            reached = max(reached, offset + asked)
+            if kind == FXP_STATUS:
+                # The end is where it was
+                continue
+            got = self._write(offset, asked)
+            # The rest of a short answer. The first READ may have asked for more than there is.
+            session.unread.append((self, offset + got, min(offset + asked, response.length)))
+        if request.received > response.length:
+            return None, ProtocolError("%s: grows while it is read" % redact(request.url))
+        return response, None
+
+    def _write(self, offset, asked):
+        """Write the answer to a READ. Returns how many bytes it has."""
+        data = self._session.last_string(asked)
+        size = len(data)
+        while data:
+            data = data[os.pwrite(self._request.fd, data, offset + size - len(data)):]
+        # The ranges of READs are disjoint, so that their sum tells whether the file is complete
+        self._request.received += size
+        return size
+
+    def answered(self, kind, offset=None, asked=0):
+        """The answer to OPEN, to FSTAT, or to the READ of that many bytes at offset"""
+        session, request = self._session, self._request
+        session.reading -= asked
+        if self.is_over:
             return
-        got = 0
-        at_end = kind == FXP_STATUS and self._number(pos, stop) == FX_EOF
+        response = error = None
         try:
-            if kind != FXP_STATUS:
-                self._expect(kind, FXP_DATA)
-                begin = self._string(pos, stop)
-                got = stop - begin
-                if not 0 < got <= size:
-                    raise ProtocolError("%s: %s bytes in answer to a READ of %s" % (self.origin.host, got, size))
-                transfer.write(self.view[begin:stop], offset)
-            elif not at_end:
-                response, error = self._status_outcome(pos, stop, transfer.request)
-                transfer.fail(error, response)
-        except DestinationError as e:
-            transfer.fail(e)
-        missing = transfer.received(offset, size, got, at_end)
-        if missing:
-            self._read(transfer, offset + got, missing)
-        self._advance(transfer)
-
-    def _advance(self, transfer):
-        """Decide what is next"""
-        if transfer.request is None:
-            return
-        if transfer.failure or transfer.request.cancelled:
-            self._end_transfer(transfer)
-        elif transfer.size is None:
-            # FSTAT is not answered yet
-            pass
-        elif transfer.is_complete() or transfer.failure:
-            self._end_transfer(transfer)
-        elif transfer.asked < transfer.size and not transfer.queued:
-            self._want_read(transfer)
-
-    def _end_transfer(self, transfer):
-        """Answer the request. Nothing is written from now on: the descriptor may be closed, or be that of another file."""
-        request, transfer.request = transfer.request, None
-        response, error = transfer.failure or (Response(200, {}, transfer.size), None)
-        self._finish(request, response, error)
-        self._ask(FXP_CLOSE, transfer.handle, b"", self._handle_closed)
-
-    def _handle_closed(self, kind, pos, stop):
-        self._expect(kind, FXP_STATUS)
-        self._handles -= 1
+            self._steps.send((kind, offset, asked))
+            if not request.cancelled:
+                return
+        except StopIteration as e:
+            response, error = e.value
+        except (DestinationError, OSError) as e:
+            error = e if isinstance(e, DestinationError) else unwritable(e)
+        # Nothing is written from now on: the descriptor may be closed, or be that of another file
+        self.is_over = True
+        if response or error or request.cancelled:
+            session.finish(request, response, error)
+        else:
+            session.postpone(request)
+        if self.handle is None:
+            session.handles -= 1
+        else:
+            session.ask(FXP_CLOSE, self.handle, b"", FXP_STATUS, session.closed)

@@ -7,14 +7,15 @@
 """
 Moves data from a socket to a file inside the kernel, by splice(2).
 
-Used by http.py for long bodies without TLS: that takes half of the CPU time of
-reading and writing. The transport does not read meanwhile.
+Used by http.py for long bodies without TLS, in the thread of the event loop: that takes half of the CPU time of reading
+and writing. The transport does not read meanwhile.
 
-    with Splice(loop, transport, fd, offset, moved) as splice:
+    with Splice(loop, transport, fd, offset, left, moved) as splice:
         while splice.left:
             ...         # moved() is called when there is something new
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -26,7 +27,7 @@ from bb.connections.request import unwritable
 PIPE = 1024 * 1024
 F_SETPIPE_SZ = 1031
 
-# Of Python 3.10. Cleared if the kernel does not support it for a file, as with O_APPEND.
+# os.splice() is of Python 3.10. Cleared if the kernel does not support it for a file, as with O_APPEND.
 is_supported = hasattr(os, "splice")
 
 # Descriptors in use that the event loop does not watch: a forked child has to close them
@@ -51,58 +52,51 @@ class Splice:
 
     def __enter__(self):
         sock = self._transport.get_extra_info("socket").fileno()
-        # The loop does not allow watching the transport's own descriptor
-        self._sock = os.dup(sock)
-        try:
+        with contextlib.ExitStack() as stack:
+            # The loop does not allow watching the transport's own descriptor
+            self._sock = os.dup(sock)
+            stack.callback(os.close, self._sock)
             self._pipe = os.pipe2(os.O_CLOEXEC)
-        except OSError:
-            os.close(self._sock)
-            raise
-        try:
-            fcntl.fcntl(self._pipe[1], F_SETPIPE_SZ, PIPE)
-        except OSError:
-            # More than /proc/sys/fs/pipe-user-pages-soft allows
-            pass
-        self._descriptors = {sock, self._sock, *self._pipe}
-        descriptors.update(self._descriptors)
-        self._transport.pause_reading()
-        self._loop.add_reader(self._sock, self._move)
+            for fd in self._pipe:
+                stack.callback(os.close, fd)
+            with contextlib.suppress(OSError):
+                # More than /proc/sys/fs/pipe-user-pages-soft allows
+                fcntl.fcntl(self._pipe[1], F_SETPIPE_SZ, PIPE)
+            used = {sock, self._sock, *self._pipe}
+            descriptors.update(used)
+            stack.callback(descriptors.difference_update, used)
+            self._transport.pause_reading()
+            stack.callback(self._transport.resume_reading)
+            self._loop.add_reader(self._sock, self._move)
+            stack.callback(self._loop.remove_reader, self._sock)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception):
-        self._loop.remove_reader(self._sock)
-        descriptors.difference_update(self._descriptors)
-        for fd in (self._sock, *self._pipe):
-            os.close(fd)
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
+        self._stack.close()
 
     def _move(self):
+        global is_supported
         try:
-            self._move_once()
+            size = os.splice(self._sock, self._pipe[1], min(self.left, PIPE))
+            if not size:
+                raise ProtocolError("closed by the server in the middle of an answer")
+            self._write(size)
         except BlockingIOError:
             return
         except (OSError, ProtocolError, DestinationError) as e:
+            if isinstance(e, OSError) and e.errno == errno.EINVAL:
+                is_supported = False
             self.error = e
             self._loop.remove_reader(self._sock)
         self._moved()
 
-    def _move_once(self):
-        global is_supported
-        try:
-            size = os.splice(self._sock, self._pipe[1], min(self.left, PIPE))
-        except OSError as e:
-            if e.errno == errno.EINVAL:
-                is_supported = False
-            raise
-        if not size:
-            raise ProtocolError("closed by the server in the middle of an answer")
+    def _write(self, size):
         while size:
             try:
                 written = os.splice(self._pipe[0], self._fd, size, offset_dst=self.offset)
             except OSError as e:
                 if e.errno == errno.EINVAL:
-                    is_supported = False
                     raise
                 raise unwritable(e) from e
             size -= written

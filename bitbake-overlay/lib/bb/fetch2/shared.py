@@ -9,8 +9,10 @@ The shared connections (bb.connections) for fetchers.
 
 They belong to the BitBake server. Setscene tasks use them, and the server
 itself while it finds out which sstate objects exist; both find its socket in
-the datastore. In all other cases, and whenever anything fails, the answer is
-None, which means: fetch in the usual way.
+the datastore. In all other cases, and whenever they fail, the answer is None,
+which means: fetch in the usual way. A mirror that refuses, cannot be reached or
+is silent is no such failure: it would not be better served by a connection of
+the task's own, and the file counts as absent.
 
     found = shared.checkstatus(ud, d)               # True, False or None
     path = shared.download(ud, d, localpath)        # of a complete file, or None
@@ -26,13 +28,19 @@ import urllib.parse
 
 import bb
 from bb.connections import ConnectionCacheError
-from bb.connections.client import Client, ServerError
+from bb.connections.client import Answer, Client, ServerError
 from bb.connections.request import ABSENT, ENVIRONMENT, HTTP_ENVIRONMENT, MISSING, basic_auth, redact
+from bb.networksettings import ADDRESS, STRANGE
 
 logger = logging.getLogger("BitBake.Fetcher")
 
-# Variable in the datastore that holds the address of the server's socket
-ADDRESS = "BB_CONNECTION_CACHE_ADDRESS"
+# How files compressed by zstd, or pzstd, begin (RFC 8878 3.1.1 and 3.1.2)
+ZSTD_FRAME = 0xfd2fb528
+ZSTD_SKIPPABLE_FRAME = 0x184d2a50
+# Characters of a variable that is not for ssh
+LONG_VALUE = 1000
+# As a gateway says it (RFC 9110 15.6.5)
+NO_ANSWER = 504
 
 # The client of each thread
 _clients = threading.local()
@@ -49,9 +57,9 @@ def checkstatus(ud, d, verify=True):
     if answer is None:
         # Don't ask the mirror again if the build is about to end
         return False if bb.event._should_exit.is_set() else None
-    if answer.status in MISSING:
-        return False
-    return True if answer.status == 200 else None
+    if answer.status == 200:
+        return True
+    return False if answer.status in MISSING or answer.status >= 500 else None
 
 def download(ud, d, localpath, verify=True):
     """
@@ -67,24 +75,32 @@ def download(ud, d, localpath, verify=True):
     # by a task that has been killed.
     path = localpath + ".new"
     answer = None
-    complete = False
+    complete = strange = False
     try:
         _remove(path)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             answer = _ask("GET", ud, d, verify, fd)
             written = answer is not None and answer.status == 200 and is_complete(path, fd, answer.size, answer.modified)
+            strange = written and not is_of_its_kind(localpath, fd)
         finally:
             os.close(fd)
-        complete = written
+        complete = written and not strange
     except OSError as e:
         logger.debug("%s: not over shared connections: %s", redact(ud.url), e)
     finally:
         if not complete:
             _remove(path)
-    if answer is not None and answer.status in ABSENT:
-        raise bb.fetch2.FetchError("No such file on the server (status %s)" % answer.status, redact(ud.url))
+    if answer is not None and (answer.status in ABSENT or answer.status >= 500):
+        raise bb.fetch2.FetchError("No such file on the server, or no answer (status %s)" % answer.status, redact(ud.url))
+    if strange:
+        bb.warnonce(STRANGE % (ud.type, urllib.parse.urlsplit(ud.url).hostname))
+        raise bb.fetch2.FetchError("Not a file of this kind", redact(ud.url))
     return path if complete else None
+
+def is_final(kind):
+    """Whether an error of that kind is the mirror's, so that the fetcher need not be asked as well"""
+    return kind in ("connect", "refused", "timeout")
 
 def _remove(path):
     with contextlib.suppress(OSError):
@@ -98,6 +114,13 @@ def is_complete(path, fd, size, modified):
     if modified is not None:
         os.utime(fd, (modified, modified))
     return True
+
+def is_of_its_kind(name, fd):
+    """Whether the file fd begins as one of that name has to: a server may answer everything with a page in HTML"""
+    if not name.endswith((".zst", ".zst.siginfo")):
+        return True
+    magic = int.from_bytes(os.pread(fd, 4, 0), "little")
+    return magic == ZSTD_FRAME or magic & ~0xf == ZSTD_SKIPPABLE_FRAME
 
 def _usable(ud, d):
     if not d.getVar(ADDRESS) or not supports(ud, d):
@@ -115,8 +138,13 @@ def supports(ud, d):
     return ud.type == "sftp" and not d.getVar("FETCHCMD_sftp") and not ud.pswd
 
 def environment(scheme, d):
-    """The variables of the fetcher which select the way to a host, and HOME for ~/.netrc"""
-    return bb.fetch2.get_fetcher_environment(d, ENVIRONMENT if scheme == "sftp" else HTTP_ENVIRONMENT + ("HOME",))
+    """The variables of the fetcher which select the way to a host, and HOME for ~/.netrc; for ssh all that a task has"""
+    if scheme != "sftp":
+        return bb.fetch2.get_fetcher_environment(d, HTTP_ENVIRONMENT + ("HOME",))
+    exported = os.environ if bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")) else dict(bb.data.exported_vars(d))
+    # All of them have to fit into a message
+    exported = {name: value for name, value in exported.items() if len(value) < LONG_VALUE}
+    return {**exported, **bb.fetch2.get_fetcher_environment(d), **bb.fetch2.get_fetcher_environment(d, ENVIRONMENT)}
 
 def describe_mirror(ud, environ, verify):
     """
@@ -132,7 +160,7 @@ def request_url(ud):
     return ud.url.partition(";")[0]
 
 def _ask(method, ud, d, verify, fd=None):
-    """Returns an Answer, or None if there is none"""
+    """Returns an Answer, with the status NO_ANSWER if the mirror does not answer, or None if there is a failure here"""
     message = dict(describe_mirror(ud, environment(ud.type, d), verify), method=method, url=request_url(ud))
     try:
         return _client(d.getVar(ADDRESS)).ask(message, fd, bb.event._should_exit.is_set)
@@ -140,7 +168,11 @@ def _ask(method, ud, d, verify, fd=None):
         logger.debug("%s", e)
         # All tasks may find that out, the user needs to know once
         bb.warnonce("Cannot use the BitBake server's shared connections, fetching directly instead")
-    except (ConnectionCacheError, ValueError) as e:
+    except ConnectionCacheError as e:
+        logger.debug("%s: %s", redact(ud.url), e)
+        if is_final(e.kind):
+            return Answer(NO_ANSWER, None, None)
+    except ValueError as e:
         logger.debug("%s: not over shared connections: %s", redact(ud.url), e)
     return None
 

