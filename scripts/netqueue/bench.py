@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The benchmarks of scripts/bench: their arguments, and that of the dispatch.
 
-pacebench.py, presencebench.py, buildbench.py and overheadbench.py have the
-other benchmarks. Of the dispatch (dispatch.py) each variant is a process with
-the lib folder of one tree (turns.py); they take turns of a few tasks each.
+pacebench.py, lanesbench.py, presencebench.py, buildbench.py, overheadbench.py and
+faultsbench.py have the other benchmarks. Of the dispatch (dispatch.py) each variant
+is a process with the lib folder of one tree (turns.py); they take turns of a few
+tasks each.
 """
 
 import contextlib
 from pathlib import Path
 
-from netqueue import Problem, buildbench, overheadbench, pacebench, presencebench
+from netqueue import Problem, buildbench, faultsbench, lanesbench, overheadbench, pacebench, presencebench
 from netqueue.benchfiles import add_json, write_json
 from netqueue.command import Parser
 from netqueue.presencebench import positive
@@ -20,9 +21,11 @@ from netqueue.turns import Process, ratio
 DISPATCH = Path(__file__).with_name("dispatch.py")
 # The measurements that have a module of their own
 OTHERS = [("pace", pacebench, "tasks and transfers a second, of each alone and beside the other"),
+          ("lanes", lanesbench, "over how many connections a mirror is asked"),
           ("presence", presencebench, "what it costs to ask which objects a mirror has"),
           ("build", buildbench, "how long it takes to restore all objects of a build"),
-          ("overhead", overheadbench, "what a build costs that the series has nothing to gain for")]
+          ("overhead", overheadbench, "what a build costs that the series has nothing to gain for"),
+          ("faults", faultsbench, "what is restored from mirrors in a bad mood")]
 # Name, whether of the patched tree, BB_NUMBER_NETWORK_THREADS
 VARIANTS = [("stock", False, ""), ("patched, limit unset", True, ""), ("patched, limit 4", True, "4")]
 

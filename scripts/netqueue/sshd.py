@@ -268,6 +268,12 @@ class Sshd:
         """What each session has logged since the start or the last reset(), a list of lines for each."""
         return [lines[self.base_lines.get(path, 0):] for path, lines in self._session_lines().items()]
 
+    def start_again(self):
+        """After stop(), on the same port. What was logged before is not counted any more."""
+        if not self._run():
+            lines = self._log().strip().splitlines() or ["no message"]
+            raise Problem("sshd does not start again: %s" % lines[-1])
+
     def stop(self):
         """Idempotent; as mirror.end(). Ends the sessions too."""
         if self.process is None:
