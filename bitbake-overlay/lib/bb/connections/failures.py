@@ -135,11 +135,11 @@ class Failures:
             self.again(request)
             return
         self._host.health.pause(now + min(PAUSE * 2 ** (request.refusals - 1), LONE_PAUSE))
-        # In turns before and behind it, since some servers refuse every second request
-        if request.refusals % 2:
+        # In turns with and without a probe before it, since some servers refuse every second request
+        request.attempts += 1
+        if request.attempts % 2:
             self._host.doubt.probe_host()
         self.again(request)
-        self._host.doubt.probe_host()
 
     def _is_lone_for_long(self, request, now):
         """Whether requests have been refused again and again for some time, while others, but none of them, were answered"""
