@@ -788,8 +788,9 @@ def test_missing_as_answer_to_get(simulate, mirror, status, found):
 
 
 def test_errors_and_other_statuses_are_not_remembered(simulate, mirror):
-    mirror.answer = in_turn(FOUND, Response(500, {}, 0), Response(500, {}, 0), FOUND, Response(500, {}, 0), Response(500, {}, 0),
-                            FOUND, StatusError("strange", 200), FOUND)
+    error = Response(500, {}, 0)
+    # Of two attempts each: the answer, a probe in the first one, the sample, a probe
+    mirror.answer = in_turn(FOUND, error, FOUND, error, FOUND, error, error, FOUND, StatusError("strange", 200), FOUND)
     simulation = simulate(mirror, limit=1)
     assert simulation.statuses("HEAD", [URL + "known"]) == [200]
     assert simulation.statuses("HEAD", [URL]) == [500]

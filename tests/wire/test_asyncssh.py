@@ -11,7 +11,7 @@ import pytest
 
 asyncssh = pytest.importorskip("asyncssh", reason="no asyncssh")
 
-from bb.connections import ProtocolError
+from bb.connections import Disconnected, ProtocolError
 from netqueue import sshd
 from support.asking import SECONDS, wait_until
 
@@ -130,10 +130,9 @@ def test_faults_of_one_file(ask, asking):
 
 
 def test_session_that_ends(ask, asking):
-    """In the middle of a file, again and again; others are not lost. Where that ends is in test_virtual_sftp.py."""
+    """In the middle of a file, again and again; others are not lost."""
     gone, good = ask("GET", ["big-gone", "7"])
     assert good.status() == 200
     assert good.body() == content(7)
-    wait_until(lambda: asking.count("connections") >= 3, "it is tried again")
-    assert asking.stop()
-    assert gone.error().kind == "cancelled"
+    assert isinstance(gone.error(), Disconnected)
+    assert 3 <= asking.count("connections") <= 6

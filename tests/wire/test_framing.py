@@ -330,9 +330,9 @@ def test_long_error_page_is_not_read(peer, asking, one_by_one, answer):
     there = peer(script)
     assert asking.one_by_one("HEAD", [there.url("/known")])[0].status() == 200
     assert [one.status() for one in one_by_one(there, number=2)] == [500] * 2
-    # Each was asked for twice
-    assert there.methods.count("GET") == 4
-    assert there.connections <= 5
+    # Each was asked for twice, and was the sample as often
+    assert there.methods.count("GET") == 8
+    assert there.connections <= 9
 
 
 def test_endless_error_page_in_chunks_is_not_read(peer, one_by_one):

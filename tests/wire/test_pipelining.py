@@ -370,7 +370,7 @@ def test_object_that_has_changed(peer, single):
 
 
 def test_refused_in_a_pipeline(peer, single):
-    """Those that are refused are sent again after a pause, all others have their answers."""
+    """Those that are refused are sent again after a pause and a probe, all others have their answers."""
     count = iter(range(10 ** 6))
 
     def script(talk):
@@ -381,7 +381,7 @@ def test_refused_in_a_pipeline(peer, single):
                 answer(talk, request)
     there = peer(script)
     assert_right(single.ask("HEAD", urls(there, 60)))
-    assert len(there.requests) == 60 + 1 + 2
+    assert len(there.requests) == 60 + 1 + 2 + 1
     assert single.count("refusals") == 2
     assert single.troubles() == []
 

@@ -40,6 +40,8 @@ logger = logging.getLogger("BitBake.RunQueue")
 
 # Fewer objects are asked for without a progress bar
 PROGRESS_FROM = 100
+# If the hash equivalence server knows less than a tenth of so many objects, it has not seen the builds that made them
+MANY = 50
 # What decides in the fetcher how a task fetches. PATH is another one for each recipe, and finds the same ssh.
 SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS", "BB_CHECK_SSL_CERTS", "BB_CONNECTION_CACHE", "FETCHCMD_sftp",
             "FETCHCMD_wget") + tuple(sorted(set(ENVIRONMENT) - {"PATH"}))
@@ -157,15 +159,20 @@ class Presence:
         return self._usual[mc] and not self._rqdata.dataCaches[mc].own_settings[taskfn]
 
     def _known_to_hashserv(self, objects):
-        """Those of objects whose hash the hash equivalence server knows; all if it cannot be asked"""
+        """Those of objects whose hash the hash equivalence server knows; all if it cannot be asked, or knows hardly any"""
         try:
             exist = bb.parse.siggen.unihashes_exist
         except AttributeError:
             self._warn("hashserv", "BB_SETSCENE_PRESENCE names hashserv, but there is no hash equivalence server in use")
             return objects
         try:
-            known = exist({tid: self._unihash(tid) for tid, _ in objects})
-            return [(tid, url) for tid, url in objects if known[tid]]
+            exists = exist({tid: self._unihash(tid) for tid, _ in objects})
+            known = [(tid, url) for tid, url in objects if exists[tid]]
+            if len(objects) < MANY or len(known) >= len(objects) / 10:
+                return known
+            self._warn("hashserv", "The hash equivalence server knows %d of %d sstate objects, asking the mirrors for all" %
+                       (len(known), len(objects)))
+            return objects
         except Exception as e:
             self._warn("hashserv", "The hash equivalence server cannot tell which sstate objects exist, asking the mirrors for all: %r" % e)
             return objects

@@ -25,6 +25,7 @@ import collections
 import concurrent.futures
 import contextlib
 import logging
+import random
 import threading
 import time
 
@@ -51,6 +52,12 @@ FINAL = (200,) + MISSING
 # Seconds between two looks at the clock and at the user's interrupts, and between two updates of the progress
 STEP = 0.5
 PROGRESS = 0.2
+
+# Files that a mirror is asked for again at the end, of those that it has said to be absent, if it answers many requests
+# at once: some servers mix up answers, which is not noticed if both of them are 404
+SAMPLE = 64
+# Queries for fewer files are not checked
+CHECKED_FROM = 8
 
 # Seconds without any answer after which something must be wrong here: a mirror that stays silent is given
 # up for much earlier
@@ -129,6 +136,9 @@ class Query:
         self._hosts = {}
         self._sizes = {}
         self._pending = set()
+        # {Host: [(Item, place)] that it has not}, and whether that is being checked
+        self._absent = collections.defaultdict(list)
+        self._checking = False
         # Requests that are not submitted yet, {request: (Item, place, Host)} of all without an answer, and answers of the
         # fetchers
         self._requests = []
@@ -152,6 +162,7 @@ class Query:
         with self._stack:
             try:
                 self._loop(collections.deque(objects), update)
+                self._check_absent()
             finally:
                 # Also of mirrors whose answers were not needed in the end
                 self._ended = True
@@ -186,6 +197,33 @@ class Query:
                 update(total - len(waiting) - len(self._pending))
             if now - self._heard > DEADLINE:
                 raise TimedOutError("no answer for %s seconds" % DEADLINE)
+
+    def _check_absent(self):
+        """Ask again for some of the files that are absent; if one of them is there now, for all of that mirror"""
+        absent, self._absent = self._absent, collections.defaultdict(list)
+        self._checking = True
+        for host, all_absent in absent.items():
+            if len(all_absent) >= CHECKED_FROM and self._server.pool.has_pipelined(host.origin):
+                sample = random.sample(all_absent, min(SAMPLE, len(all_absent)))
+                if self._recheck(host, sample):
+                    logger.debug("%s: answers were mixed up, asking for one file at a time", host.origin.host)
+                    self._server.distrust(host.origin)
+                    self._recheck(host, all_absent)
+
+    def _recheck(self, host, absent):
+        """Returns whether any of the files is there after all"""
+        found = len(self._sizes)
+        for item, place in absent:
+            if item.tid not in self._sizes:
+                request = Request(**self.locations.describe("HEAD", item.candidates[place]))
+                request.doubted = True
+                item.waiting += 1
+                # What else there is has been asked for
+                self._asked[request] = item, place, host
+                self._pending.add(item)
+                self._requests.append(request)
+        self._loop(collections.deque(), lambda done: None)
+        return len(self._sizes) > found
 
     # An object
 
@@ -267,9 +305,14 @@ class Query:
                 self.places[item.tid] = place, (host.origin, host.route)
             self._pending.discard(item)
             return
-        if host and (error or response.status >= 500):
+        if host and (error or response.status >= 500) and self._checking:
+            # It was answered before
+            pass
+        elif host and (error or response.status >= 500):
             host.unanswered += 1
             host.reason = host.reason or (str(error) if error else "status %s" % response.status)
+        elif host:
+            self._absent[host].append((item, place))
         self._ask(item)
 
     def _done(self, request, response, error):

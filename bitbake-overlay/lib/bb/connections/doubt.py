@@ -5,46 +5,54 @@
 #
 
 """
-Answers which are about a file or about the host, and nothing tells which.
+Answers that are about a file or about the host, and do not tell which.
 
-Used by host.py, in the thread of the event loop. A mirror says 403 for a file
+Used by host.py, in the thread of the event loop. A mirror answers 403 for a file
 that does not exist (S3, if listing is not allowed), or because it has been
-asked too often; it says 500 for one file, or for all. Such answers are held.
-One of the files is asked for again, and if the answer is the same, so is a file
-that had another one before: if it still has, the answers are about their files.
+asked too often; it answers 500 or 503 for one file, or for all. Such answers are
+held. Then a probe asks for a file that was answered before. If that is not
+answered now, the answers are about the host. Otherwise one of the files is
+requested again: if it has the same answer, the answers are about their files.
 A run of such answers takes two further requests, however long it is.
 
     doubt = Doubt(pool, settle)
-    doubt.hold(request, response)
-    doubt.proceed(idle)         # settle(verdict, [(request, response), ...]) is called in the end
+    doubt.hold(request, response, error)
+    doubt.proceed(idle, answers)        # calls settle(verdict, held, outcome) in the end
 """
 
+from bb.connections import RefusedError
+from bb.connections.health import PAUSE
 from bb.connections.request import ABSENT, FORBIDDEN, Request
 
-# Verdicts: the answers are about the files, or about the host, or the host answers now that it is asked for one file only
+# Verdicts: the answers are about the files, or about the host, or about the number of requests: the file has another answer now
 FILES = "files"
 HOST = "host"
 ANSWERED = "answered"
-# Answers of a host which has not answered anything else that are enough to believe that it cannot
+# Answers of a host that has not answered anything else that suffice to conclude that it cannot
 ENOUGH = 16
+# Verdicts in a row that refusals, or statuses, are about files until the next ones are taken to be so as well: nothing waits
+# for the verdict about them
+CERTAIN = 3
 
 
 class Doubt:
     """
-    settle is called with a verdict and what it applies to.
+    settle is called with a verdict, what it applies to, and the response or the error that led to it, or None.
 
-    held        [(request, response)]
+    held        [(request, response, error)]; either response or error, a RefusedError, is None
+    holds_up    only probes may be sent, since the answers might be due to the number of requests
     """
 
     def __init__(self, pool, settle):
         self.held = []
+        self.holds_up = False
         self._pool = pool
         self._settle = settle
-        # (request, status) of a file, best of one that exists, whose answer was beyond doubt
+        # (request, status) of a file, preferably one that exists, whose answer was not in doubt
         self._known = None
-        # (request, status) of the one that is asked for again
-        self._sample = None
         self._probing = False
+        # Verdicts in a row that refusals (True), or statuses (False), are about files
+        self._about_files = {True: 0, False: 0}
 
     @property
     def can_probe(self):
@@ -59,55 +67,103 @@ class Doubt:
                     if response.status == 200 or not self._known and response.status == 404:
                         self._known = request, response.status
 
-    def hold(self, request, response):
-        self.held.append((request, response))
+    def is_certain(self, refusals=True):
+        """Whether refusals, or statuses, have turned out to be about files again and again"""
+        return self._about_files[refusals] >= CERTAIN
+
+    def reset(self):
+        """What has turned out before does not apply any more"""
+        self._about_files = {True: 0, False: 0}
+
+    def hold(self, request, response, error, holds_up):
+        """holds_up: send nothing else until there is a verdict, unless the last ones were all about files"""
+        self.held.append((request, response, error))
+        self.holds_up = self.holds_up or holds_up and self._known is not None and not self.is_certain(error is not None)
 
     def proceed(self, idle, answers):
         """
-        Find out what is to be found out. idle: there is nothing else to be sent or answered. answers: the host has given
-        any that were beyond doubt.
+        Continue with what is to be found out. idle: nothing else is queued or in flight. answers: the host has given
+        some that were beyond doubt.
         """
         if not self.held or self._probing:
             return
-        # The answer to a GET is not that to a HEAD
-        sample = next(((request, response.status) for request, response in self.held if request.fd is None), None)
-        if self._known and sample:
-            self._sample = sample
-            self._probe(sample[0], self._sampled)
-        elif self._known:
-            self._probe(self._known[0], self._probed)
-        elif idle or len(self.held) >= ENOUGH and not answers and self.held[0][1].status != FORBIDDEN:
-            self._end(FILES if answers or self.held[0][1].status == FORBIDDEN else HOST)
+        if self._known:
+            if self.holds_up and not self._about_files[self.held[0][2] is not None]:
+                self.probe_host()
+            else:
+                self._probing = True
+                self._ask_later()
+            return
+        _, response, error = self.held[0]
+        if error:
+            self._end(HOST)
+        elif idle or len(self.held) >= ENOUGH and not answers and response.status != FORBIDDEN:
+            self._end(FILES if answers or response.status == FORBIDDEN else HOST)
 
     def probe_host(self):
         """Ask for the file that is known"""
         if self._known and not self._probing:
             self._probe(self._known[0], self._probed)
 
-    def _probe(self, known, done):
+    def _probe(self, request, done):
         self._probing = True
-        # By a GET of the first byte if HEAD is refused
-        probe = Request(known.method, known.url, known.environment, known.verify, known.authorization)
+        # By a GET of the first byte if HEAD is refused, or if it is a GET that is in doubt
+        probe = Request(request.method, request.url, request.environment, request.verify, request.authorization)
         probe.first = probe.probe = True
         probe.done = done
         self._pool.submit([probe])
 
-    def _sampled(self, request, response, error):
-        if response and response.status == self._sample[1]:
-            self._probe(self._known[0], self._probed)
-        else:
-            self._end(ANSWERED if response else HOST)
-
     def _probed(self, request, response, error):
-        if response and (response.status < 400 or response.status in ABSENT):
-            # It need not be the same answer: the file may have been removed meanwhile
-            self._known = self._known[0], response.status
-            self._end(FILES)
+        if not self._is_answered(response):
+            self._end(HOST, error)
+        elif self.held:
+            self._ask_later()
         else:
-            self._end(HOST)
+            self._probing = False
 
-    def _end(self, verdict):
-        self._probing = False
+    def _is_answered(self, response):
+        """Whether the file that is known was answered. It need not be the same answer: it may have been removed meanwhile."""
+        if not response or response.status >= 400 and response.status not in ABSENT:
+            return False
+        self._known = self._known[0], response.status
+        return True
+
+    def _ask_later(self):
+        self._pool.loop.call_later(PAUSE if self.holds_up else 0, self._ask_again)
+
+    def _ask_again(self):
+        request = self.held[0][0] if self.held else None
+        if not request:
+            self._probing = False
+        elif request.fd is not None and request.origin.scheme == "sftp":
+            # There is no GET without a file
+            self._probe(self._known[0], self._confirmed)
+        else:
+            self._probe(request, self._sampled)
+
+    def _sampled(self, request, response, error):
+        if isinstance(error, RefusedError) or response and is_doubtful(response):
+            # The host may have begun to refuse just now
+            self._probe(self._known[0], self._confirmed)
+        else:
+            self._end(ANSWERED if response else HOST, response or error)
+
+    def _confirmed(self, request, response, error):
+        if not self._is_answered(response):
+            self._end(HOST, error)
+            return
+        if self.held:
+            self._about_files[self.held[0][2] is not None] += 1
+        self._end(FILES)
+
+    def _end(self, verdict, outcome=None):
+        if verdict != FILES:
+            self.reset()
+        self._probing = self.holds_up = False
         held, self.held = self.held, []
-        if held:
-            self._settle(verdict, held)
+        if not self._pool.stopped:
+            self._settle(verdict, held, outcome)
+
+
+def is_doubtful(response):
+    return response.status >= 500 or response.status == FORBIDDEN

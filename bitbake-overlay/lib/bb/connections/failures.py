@@ -8,10 +8,10 @@
 What becomes of the requests to a host that were not answered: whether they are
 sent again, when, and what that says about the host.
 
-Used by host.py, in the thread of the event loop. What a server does is about
-one request first: that is sent again behind the others, or alone. Only if
-others fail as well, or nothing else can be asked for, it is about the host,
-whose health.py decides then.
+Used by host.py, in the thread of the event loop. Whether a refusal or an error
+of the server is about a file or about the host is found out by doubt.py. A file
+costs a bounded number of attempts, behind or beside other requests; whether the
+host is asked at all is decided by health.py.
 
     failures = Failures(host, pool)
     failures.refuse(request, RefusedError("status 503"))
@@ -19,16 +19,16 @@ whose health.py decides then.
 
 from bb.connections import Cancelled, RefusedError, StatusError
 from bb.connections.doubt import ANSWERED, HOST
-from bb.connections.health import PAUSE, UNWILLING
-from bb.connections.request import FORBIDDEN, redact
+from bb.connections.health import MAX_PAUSE, PAUSE
+from bb.connections.request import redact
 
 # Attempts for a request if the connection fails, if it is refused while others are answered, and if it is answered by an
-# error of the server, or not at all
+# error of the server or not at all
 ATTEMPTS = 4
 REFUSED_ATTEMPTS = 8
 ERROR_ATTEMPTS = 2
-# Longest pause, in seconds, before a request that alone is refused is sent again
-LONE_PAUSE = 2
+# Attempts for a request that is refused, if meanwhile none is answered that was refused before
+LONE_ATTEMPTS = 4
 
 CANCELLED = Cancelled("the answer is not needed any more")
 
@@ -37,18 +37,20 @@ class Failures:
     """
     Of one Host.
 
-    last_refused    the last request that was refused, None if another one has been answered since
-    refusals_end    a request that was refused has been answered later
-    lone_since      when a request was refused again while others were answered, if none of these has been answered since
+    waiting     requests that were refused, {request: timer}: they are queued when that expires
     """
 
     def __init__(self, host, pool):
-        self.last_refused = None
-        self.refusals_end = False
-        self.lone_since = None
+        self.waiting = {}
         self._host = host
         self._pool = pool
         self._loop = pool.loop
+        # Refusals since the last answer
+        self._in_row = 0
+        # Requests whose refusal has lowered the rate, and which have not been answered since
+        self._lowered = set()
+        # How many requests have been answered after they were refused
+        self._recovered = 0
 
     def retry(self, request, error, attempts=ATTEMPTS):
         """An attempt has failed in a way that says nothing about the host"""
@@ -67,7 +69,7 @@ class Failures:
         self._pool.finish(request, None, error)
 
     def again(self, request):
-        """Behind all others"""
+        """Queue request again, behind all others"""
         self._host.statistics.retries += 1
         self._host.submit([request])
 
@@ -79,7 +81,7 @@ class Failures:
                 # There may be fewer workers than connections
                 request.alone = False
                 request.attempts = 1
-                self._host.health.at_limit(len(self._host.lanes.connections))
+                self._host.limit_connections(len(self._host.lanes.connections))
             elif was_slow:
                 self._host.finish([request], error)
                 return
@@ -94,79 +96,117 @@ class Failures:
             self.again(request)
 
     def refuse(self, request, error):
-        """request was refused. That says something about the host if another one was, too."""
+        """request was refused"""
         self._host.statistics.refusals += 1
-        self._host.growth.end()
-        self._host.health.allow(min(self._host.health.most, self._pool.limit))
+        self._host.limit_connections()
+        self._in_row += 1
         if request.cancelled or request.probe:
-            self.host_failed(error, request.sent)
             self._host.finish([request], error)
-            return
-        in_turn = False
-        if request.answers != self._host.health.answers:
-            # Others were answered since it was refused before
-            request.answers = self._host.health.answers
-            request.refusals += 1
-            in_turn = request.refusals % 2 == 0
-        now = self._loop.time()
-        if request.refusals < 2 or self.refusals_end:
-            self._host.health.pace.refused(request.sent, now)
-        another = self.last_refused not in (None, request)
-        self.last_refused = request
-        # Others tell whether the host answers them
-        others = any(other.refusals < 2 and not other.probe for one in [self._host.queues, *(one.in_flight for one in self._host.lanes.connections)]
-                     for other in one)
-        if another and request.refusals < 2 or not others and not self._host.doubt.can_probe:
-            if (error.retry_after or 0) > UNWILLING and self._host.doubt.can_probe:
-                # Before the host is given up for that long
-                self._host.doubt.probe_host()
-            else:
-                self.host_failed(error, request.sent)
-        elif request.refusals >= REFUSED_ATTEMPTS or self._is_lone_for_long(request, now) or \
-                request.refusals > 1 and not others and (error.retry_after or 0) > UNWILLING:
-            self._host.finish([request], error)
-            return
-        if others and in_turn:
-            # As the next one: it may be every second request that is refused
-            self._host.statistics.retries += 1
-            self._host.put_back([request])
-            return
-        if others:
-            self.again(request)
-            return
-        self._host.health.pause(now + min(PAUSE * 2 ** (request.refusals - 1), LONE_PAUSE))
-        # In turns with and without a probe before it, since some servers refuse every second request
-        request.attempts += 1
-        if request.attempts % 2:
-            self._host.doubt.probe_host()
-        self.again(request)
+        elif (request.refusals + 1) % LONE_ATTEMPTS and self._is_expected(request):
+            self._adapt_pace(request)
+            self._wait(request, error)
+        else:
+            self._host.doubt.hold(request, None, error, not self._host.health.pace.is_useless)
 
-    def _is_lone_for_long(self, request, now):
-        """Whether requests have been refused again and again for some time, while others, but none of them, were answered"""
-        if request.refusals > 1 and self.lone_since is None:
-            self.lone_since = now
-        return request.refusals > 1 and now - self.lone_since > UNWILLING
+    def _is_expected(self, request):
+        """Whether there is nothing to be found out by a probe"""
+        pace = self._host.health.pace
+        if self._host.doubt.is_certain() or pace.is_useless:
+            return True
+        if pace.rate is not None:
+            # The limit is tried out from time to time
+            return self._in_row == 1 or pace.was_lowered_since(request.sent)
+        # Another file is asked for first
+        return self._in_row == 1 and not self._host.doubt.can_probe and len(self._host.queues) > 0
 
-    def settle(self, verdict, held):
+    def _adapt_pace(self, request):
+        if request in self._lowered:
+            # Its first refusal was due to the file, unless both were due to the rate
+            self._lowered.discard(request)
+            self._host.health.pace.forgive()
+        elif self._host.health.pace.refused(request.sent, self._loop.time()):
+            self._lowered.add(request)
+
+    def answered(self, request):
+        """request was answered, and that is beyond doubt"""
+        self._lowered.discard(request)
+        if request.refusals and not request.probe:
+            self._recovered += 1
+            self._host.doubt.reset()
+
+    def others_answered(self):
+        self._in_row = 0
+
+    def settle(self, verdict, held, outcome):
         """Of Doubt"""
         if verdict == HOST:
-            self._host.put_back([request for request, _ in held])
-            request, response = held[-1]
-            self.host_failed(RefusedError("%s: status %s" % (redact(request.url), response.status)), request.sent)
-            return
-        for request, response in held:
-            if response.status == FORBIDDEN and verdict == ANSWERED:
-                # There were too many requests; or the file exists, and cannot be read
-                self._host.health.pace.refused(request.sent, self._loop.time(), start=True)
-                request.refusals += 1
-                again = request.refusals < REFUSED_ATTEMPTS
+            self._settle_host(held, outcome)
+        elif verdict == ANSWERED:
+            self._settle_answered(held, outcome)
+        else:
+            self._settle_files(held)
+
+    def _settle_answered(self, held, answer):
+        """There were too many requests; the first one has been answered now"""
+        for request, response, refusal in held:
+            self._host.health.pace.refused(request.sent, self._loop.time(), start=True)
+            if request is held[0][0] and request.fd is None:
+                self._pool.finish(request, answer, None)
+            else:
+                self._wait(request, refusal, response)
+
+    def _settle_files(self, held):
+        for request, response, refusal in held:
+            if refusal:
+                self._wait(request, refusal)
             else:
                 request.attempts += 1
-                again = response.status >= 500 and request.attempts < ERROR_ATTEMPTS
-            if again:
-                self.again(request)
-            else:
-                self._pool.finish(request, response, None)
+                if response.status >= 500 and request.attempts < ERROR_ATTEMPTS:
+                    self.again(request)
+                else:
+                    self._pool.finish(request, response, None)
+
+    def _settle_host(self, held, error):
+        if held:
+            request, response, refusal = held[-1]
+            started = request.sent
+            error = refusal or error or RefusedError("%s: status %s" % (redact(request.url), response.status))
+        else:
+            started = self._loop.time()
+        for request, _, _ in held:
+            self.again(request)
+        if error:
+            self.host_failed(error, started)
+
+    def _wait(self, request, error, response=None):
+        """Send a request that was refused again, later, unless that is in vain"""
+        if not request.refusals:
+            request.recovered = self._recovered
+        request.refusals += 1
+        attempts = LONE_ATTEMPTS if request.recovered == self._recovered and error else REFUSED_ATTEMPTS
+        if request.cancelled or request.refusals >= attempts:
+            self._pool.finish(request, response, error)
+            return
+        pause = min(PAUSE * 2 ** (request.refusals - 1), MAX_PAUSE)
+        self.waiting[request] = self._loop.call_later(pause, self._waited, request)
+
+    def _waited(self, request):
+        del self.waiting[request]
+        if request.refusals % 2:
+            # As the next one: whether it is refused again tells what the refusals are about
+            self._host.statistics.retries += 1
+            self._host.put_back([request])
+        else:
+            # In another order than before: every second request may be refused
+            self.again(request)
+
+    def clear(self):
+        """Remove and return all requests that wait"""
+        requests = list(self.waiting)
+        for timer in self.waiting.values():
+            timer.cancel()
+        self.waiting.clear()
+        return requests
 
     def host_failed(self, error, started):
         """The host has failed to answer what began at started. If it is suspended now, all that waits fails."""
@@ -175,7 +215,7 @@ class Failures:
             for connection in list(self._host.lanes.connections):
                 if not connection.in_answer:
                     connection.close()
-            held = [request for request, _ in self._host.doubt.held]
+            held = [request for request, _, _ in self._host.doubt.held]
             self._host.doubt.held.clear()
-            self._host.finish(held, suspended)
+            self._host.finish(held + self.clear(), suspended)
             self._host.fail(None, suspended)

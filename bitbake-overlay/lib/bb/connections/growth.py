@@ -75,6 +75,7 @@ class Growth:
         """There is not enough to be done now to measure a rate"""
         self._since = self._rate = None
 
-    def end(self):
-        """The host has refused something: it is not asked over more connections than usual any more"""
+    def end(self, limit=None):
+        """The host has refused something, or serves no more than limit connections at a time: it is not asked over more"""
+        self._usual = min(limit or self._usual, self._usual)
         self.limit = self._most = self._usual

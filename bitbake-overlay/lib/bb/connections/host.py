@@ -22,7 +22,7 @@ import types
 
 from bb.connections import (Cancelled, Changed, ConnectError, Disagreement, Disconnected, IdleClosed, ProtocolError,
                             RefusedError, TimedOutError)
-from bb.connections.doubt import Doubt
+from bb.connections.doubt import Doubt, is_doubtful
 from bb.connections.failures import ATTEMPTS, Failures
 from bb.connections.growth import Growth
 from bb.connections.health import Health
@@ -98,13 +98,15 @@ class Host:
         yield from self.queues
         for connection in self.lanes.connections:
             yield from self._trial.requests if self._is_tried(connection) else connection.in_flight
-        yield from [request for request, _ in self.doubt.held]
+        yield from [request for request, _, _ in self.doubt.held]
+        yield from self.failures.waiting
 
     def stop(self):
         """Fail all requests, and close all connections. Nothing is submitted any more."""
         requests = list(self.unanswered())
         self.queues.clear()
         self.doubt.held.clear()
+        self.failures.clear()
         self.lanes.close()
         self.finish(requests, Cancelled("the build has ended"))
 
@@ -140,8 +142,12 @@ class Host:
         for route, queue in self.queues.items():
             if self.health.pace.allowance(now) == 0:
                 self._wake_at(self.health.pace.next_at())
-            else:
+            elif self.admits(queue.head):
                 self.lanes.open(route, queue)
+
+    def admits(self, request):
+        """Whether request may be sent as far as refusals are concerned"""
+        return request.probe or not self.doubt.holds_up
 
     def _grow(self, now):
         """Decide how many connections there may be"""
@@ -152,6 +158,11 @@ class Host:
                                                 waiting))
         else:
             self.growth.pause()
+
+    def limit_connections(self, number=None):
+        """There may be so many connections from now on, or as many as usual"""
+        self.growth.end(number)
+        self.health.allow(min(self.health.most, self.growth.limit))
 
     def _wake_at(self, time):
         if self._timer:
@@ -183,6 +194,8 @@ class Host:
 
     def answered(self, connection, answers):
         """Of Connection"""
+        if connection.served == len(answers):
+            self.lanes.served(connection)
         if self._is_tried(connection):
             if not self._trial.add(answers):
                 return
@@ -193,14 +206,14 @@ class Host:
             if not error:
                 response, error = self._judge(connection, request, response)
             # Over SFTP permission is denied for a file
-            doubtful = response is not None and (response.status >= 500 or response.status == FORBIDDEN and self._kind.tried)
+            doubtful = response is not None and is_doubtful(response) and (self._kind.tried or response.status >= 500)
             if isinstance(error, RefusedError):
                 # In this order: whether others are answered tells who is refused
                 self._count(len(good) - counted)
                 counted = len(good)
                 self.failures.refuse(request, error)
             elif doubtful and not request.probe:
-                self.doubt.hold(request, response)
+                self.doubt.hold(request, response, None, not self.health.pace.is_useless)
             else:
                 good.append((request, response, error))
                 # Such an answer to a probe: the host still fails
@@ -243,13 +256,12 @@ class Host:
 
     def _count(self, number):
         if number:
-            self.failures.last_refused = None
+            self.failures.others_answered()
             self.health.answered(number, self._loop.time())
 
     def _conclude(self, request, response, error):
-        if request.refusals and not error and response.status < 500:
-            self.failures.refusals_end = True
-            self.failures.lone_since = None
+        if not error:
+            self.failures.answered(request)
         if isinstance(error, Changed):
             request.attempts = 0
             if request.origin == self.origin:
@@ -272,7 +284,7 @@ class Host:
 
     def _try_pipelining(self, connection, answer):
         queue = self.queues.get(connection.route)
-        if queue and not self._trial and not connection.retiring and self._loop.time() >= self.health.paused_until \
+        if queue and not self._trial and not self.doubt.holds_up and not connection.retiring and self._loop.time() >= self.health.paused_until \
                 and self.health.pace.rate is None:
             self._trial = self.pipelining.trial(connection, answer, queue, self.health.depth)
             if self._trial:
@@ -318,8 +330,8 @@ class Host:
         self.put_back(requests[1:])
         if isinstance(error, TimedOutError):
             self.failures.slow(connection, requests[0], error)
-        elif isinstance(error, RefusedError) or isinstance(error, Disconnected) and not connection.served:
-            # How servers with a limit of connections refuse if they do not get as far as 503
+        elif isinstance(error, RefusedError) or isinstance(error, Disconnected) and not connection.served and not self._kind.serial:
+            # How servers with a limit of connections refuse if they do not get as far as 503; an sshd refuses the login
             self.failures.refuse(requests[0], RefusedError(str(error)))
         elif isinstance(error, Disconnected) and requests[0].attempts < ATTEMPTS:
             # No failure, unless it is always the same request

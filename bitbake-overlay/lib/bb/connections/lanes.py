@@ -112,7 +112,7 @@ class Lanes:
             room = min(room, allowance)
         load = Load(connection.in_flight, self._kind.tried)
         taken = []
-        while room > 0 and queue and (queue.head.cancelled or load.admits(queue.head, lambda: self._has_spare(connection))):
+        while room > 0 and queue and host.admits(queue.head) and (queue.head.cancelled or load.admits(queue.head, lambda: self._has_spare(connection))):
             request = queue.pop()
             if request.cancelled:
                 self._pool.finish(request, None, Cancelled("the answer is not needed any more"))
@@ -151,9 +151,10 @@ class Lanes:
             request.sent = now
         if not connection.in_flight:
             connection.set_timeout(min(self._patience(connection, requests[0]), self._pool.timeout))
-        self._host.statistics.requests += len(requests)
         self._host.health.pace.sent(len(requests), now)
         connection.send(requests)
+        if connection.is_open:
+            self._host.statistics.requests += len(requests)
 
     def _patience(self, connection, request):
         """Seconds without any data after which what is in flight on connection is to be sent on another one"""
@@ -167,6 +168,12 @@ class Lanes:
             return self._pool.timeout
         served = connection.served or not any(one.served for one in self.connections)
         return max(SLOW if served else UNSERVED, usual)
+
+    def served(self, connection):
+        """connection has brought its first answers: one which brings none now is not waited for as long as before"""
+        for one in self.connections:
+            if one.in_flight and not one.served and not one.in_answer and not self._kind.serial:
+                one.set_timeout(self._patience(one, one.in_flight[0]))
 
     # Opening and closing
 

@@ -20,7 +20,6 @@ soon.
     pace.next_at()
 """
 
-import collections
 import statistics
 
 # Requests a second after the first refusal at most: halved a few times, it is at the limits that servers have
@@ -30,10 +29,10 @@ KEPT = 0.8
 # Growth of the rate by each answer: a tenth by 10 answers, so that one request in about 25 is refused by a limit
 GROWTH = 1.01
 # The lowest rate: what is refused even so is not refused because of it
-SLOWEST = 1
-# Once the rate is near a limit, there are 22 answers between two refusals: the rate has to grow by a quarter. If after the
-# last MANY refusals there were mostly FEW, they do not depend on the rate. The search for the limit takes up to 8 refusals.
-FEW, MANY = 18, 21
+SLOWEST = 0.75
+# The search for the limit takes up to SEARCH refusals. Then the rate is near it, and has to grow by a quarter until the next one,
+# which takes 22 answers. If after MANY more refusals there were mostly less than FEW, they do not depend on the rate.
+SEARCH, FEW, MANY = 8, 18, 6
 # Seconds whose requests may be sent together: timers are not more precise
 BURST = 0.01
 # Requests a second above which there is no limit any more
@@ -41,13 +40,13 @@ UNLIMITED = 10000
 
 
 class Pace:
-    """rate is in requests a second, None without a limit"""
+    """rate is in requests a second, None without a limit; is_useless tells that refusals do not depend on it"""
 
     def __init__(self):
         self.rate = None
-        self._useless = False
-        # Answers before each of the last refusals
-        self._gaps = collections.deque(maxlen=MANY)
+        self.is_useless = False
+        # Answers before each refusal so far
+        self._gaps = []
         # Answers since the last refusal, and its time
         self._answers = 0
         self._since = 0
@@ -55,22 +54,35 @@ class Pace:
         self._tokens = self._at = 0
 
     def refused(self, sent, now, start=False):
-        """A request, sent at the time sent, was refused. start: there is a limit from now on, if there was none."""
-        if self._useless:
-            return
+        """
+        A request, sent at the time sent, was refused. start: there is a limit from now on, if there was none. Returns whether
+        the rate is lower than before.
+        """
+        if self.is_useless:
+            return False
         if self.rate is None and start:
             self.rate = START
         elif self.rate is not None and sent >= self._since and self._answers:
             answered = self._answers / max(now - self._since, 1e-3)
             self.rate = max(self.rate / 2, min(self.rate * KEPT, answered), SLOWEST)
             self._gaps.append(self._answers)
-            if len(self._gaps) == MANY and statistics.median(self._gaps) < FEW:
-                self._useless, self.rate = True, None
-                return
+            if len(self._gaps) >= SEARCH + MANY and statistics.median(self._gaps[SEARCH:]) < FEW:
+                self.is_useless, self.rate = True, None
+                return False
         else:
-            return
+            return False
         self._answers = self._tokens = 0
         self._since = self._at = now
+        return True
+
+    def was_lowered_since(self, sent):
+        return sent < self._since
+
+    def forgive(self):
+        """A request was refused again: unless the rate is far above the limit, the first refusal was about its file"""
+        if self.rate is not None and self._gaps and self._answers >= MANY:
+            self._gaps.pop()
+            self.rate /= KEPT
 
     def answered(self, count):
         self._answers += count

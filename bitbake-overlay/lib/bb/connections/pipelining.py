@@ -83,8 +83,12 @@ class Pipelining:
         if self._tried and self._strikes >= STRIKES:
             self._works = False
 
+    @property
+    def works(self):
+        return bool(self._works)
+
     def end(self):
-        """The server sends what belongs to no answer"""
+        """The server sends what belongs to no answer, or has mixed up answers"""
         self._works = False
 
     def forgive(self):

@@ -81,7 +81,7 @@ class Pool:
 
     def _has_to_be_asked(self, request):
         """If not, it has been answered"""
-        if request.probe:
+        if request.probe or request.doubted:
             return True
         known = self._answers.get(request.key[0], {}).get(request.key[1])
         if known == NO_FILE:
@@ -147,6 +147,15 @@ class Pool:
         """Whether the last event of a host was an answer, or there was none. From any thread."""
         host = self.hosts.get(origin)
         return host is None or host.health.is_healthy(route)
+
+    def has_pipelined(self, origin):
+        """Whether several requests at a time have been in flight on a connection to a host over HTTP. From any thread."""
+        host = self.hosts.get(origin)
+        return host is not None and origin.scheme != "sftp" and host.pipelining.works
+
+    def distrust(self, origin):
+        """Answers of a host were mixed up: no more than one request is in flight on a connection from now on"""
+        self._host(origin).pipelining.end()
 
     def busy_seconds(self):
         """Seconds in which there were requests that had not been answered"""

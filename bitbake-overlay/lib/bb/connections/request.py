@@ -90,14 +90,15 @@ class Request:
     done(request, response, error) is called exactly once, in the thread of the
     event loop; response or error is None. context is the caller's. Setting
     cancelled, from any thread, ends the request soon. first requests are sent
-    before all others, fresh ones although the answer is known from before; alone
-    and probe are the host's: nothing else is in flight on the connection, and
-    the answer is used to find out about the host.
+    before all others, fresh ones although it is known from before that there is
+    a file, doubted ones whatever is known; alone and probe are the host's:
+    nothing else is in flight on the connection, and the answer is used to find
+    out about the host.
     """
     # A query has many thousands: a dictionary for each takes three times the memory
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "empty", "done", "context", "cancelled", "first",
-                 "fresh", "probe", "alone", "received", "sent", "url", "origin", "target", "route", "key", "asked", "size",
-                 "validators", "attempts", "refusals", "answers", "redirects")
+                 "fresh", "doubted", "probe", "alone", "received", "sent", "url", "origin", "target", "route", "key", "asked", "size",
+                 "validators", "attempts", "refusals", "recovered", "redirects")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, empty=False):
         # What is sent may become a GET if the server refuses a HEAD
@@ -108,14 +109,13 @@ class Request:
         self.fd = fd
         self.empty = empty
         self.done = self.context = None
-        self.cancelled = self.first = self.fresh = self.probe = self.alone = False
+        self.cancelled = self.first = self.fresh = self.doubted = self.probe = self.alone = False
         # Bytes of the body so far, and the time when it was last sent
         self.received = self.sent = 0
         # What a HEAD has announced: size in bytes, and what distinguishes this file from others
         self.size = self.validators = None
-        # The host's: failures, refusals while others were answered, redirects, and the host's answers up to the last refusal
-        self.attempts = self.refusals = self.redirects = 0
-        self.answers = None
+        # The host's: failures, refusals, redirects, and how many other requests had recovered from refusals at the first one
+        self.attempts = self.refusals = self.redirects = self.recovered = 0
         self._set_url(url)
         # Requests with the same key have the same answer, whatever redirects do to url
         self.key = (authorization, self.route), url

@@ -7,7 +7,7 @@
 """
 The requests to a host that wait to be sent: a queue for each route.
 
-Used by host.py. Requests that are marked as first are sent before all others;
+Used by host.py. Probes are sent first, then requests that are marked as first;
 apart from that the order is that of submission.
 
     queues = RequestQueues()
@@ -20,30 +20,35 @@ import collections
 
 class RequestQueue:
     def __init__(self):
+        self._probes = collections.deque()
         self._first = collections.deque()
         self._others = collections.deque()
         # Those that were slow before, behind all others
         self._slow = collections.deque()
 
     def __iter__(self):
+        yield from self._probes
         yield from self._first
         yield from self._others
         yield from self._slow
 
     def __len__(self):
-        return len(self._first) + len(self._others) + len(self._slow)
+        return len(self._probes) + len(self._first) + len(self._others) + len(self._slow)
 
     @property
     def head(self):
         """The next request; there has to be one"""
-        return (self._first or self._others or self._slow)[0]
+        return (self._probes or self._first or self._others or self._slow)[0]
 
     def add(self, request):
-        (self._slow if request.alone else self._first if request.first else self._others).append(request)
+        (self._probes if request.probe else self._slow if request.alone else self._deque(request)).append(request)
 
     def put_back(self, request):
         """A request that was taken before is the next one again"""
-        (self._first if request.first else self._others).appendleft(request)
+        self._deque(request).appendleft(request)
+
+    def _deque(self, request):
+        return self._probes if request.probe else self._first if request.first else self._others
 
     def hurry(self, request):
         """Mark request as first, if it is in the queue"""
@@ -53,7 +58,7 @@ class RequestQueue:
             self._first.append(request)
 
     def pop(self):
-        return (self._first or self._others or self._slow).popleft()
+        return (self._probes or self._first or self._others or self._slow).popleft()
 
 
 class RequestQueues:

@@ -182,6 +182,10 @@ class ConnectionServer:
         """request was answered with another file than it should: count that as absent. Does not block."""
         self._call(self.pool.reject, request)
 
+    def distrust(self, origin):
+        """Answers of that host were mixed up: do not pipeline requests to it any more. Does not block."""
+        self._call(self.pool.distrust, origin)
+
     def _call(self, function, *args):
         try:
             self._loop.call_soon_threadsafe(function, *args)
@@ -271,13 +275,13 @@ class ConnectionServer:
     def _answered(self, request, response, error):
         """Of Request"""
         self._answers.append((request, self._open.pop(request), response, error))
-        if request.first or len(self._answers) >= ENOUGH:
-            self._end_delay()
-        elif not self._delay:
-            self._delay = self._loop.call_later(DELAY, self._end_delay)
+        # Not at once: other answers of the same read follow
+        due = self._loop.time() + (0 if request.first or len(self._answers) >= ENOUGH else DELAY)
+        if not self._delay or due < self._delay.when():
+            if self._delay:
+                self._delay.cancel()
+            self._delay = self._loop.call_at(due, self._end_delay)
 
     def _end_delay(self):
-        if self._delay:
-            self._delay.cancel()
-            self._delay = None
+        self._delay = None
         self.wake()

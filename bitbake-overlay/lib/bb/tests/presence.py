@@ -314,6 +314,19 @@ class HashservTest(OneMirrorTest):
         self.assertEqual(asked, [{name: "hash of " + name for name in ("ab/5", "ab/6", "ab/7")}])
         self.assertEqual(self.paths(self.requested), ["/ab/5", "/ab/7"])
 
+    def test_server_that_knows_hardly_any(self):
+        names = ["ab/%d" % i for i in range(5, 65)]
+        self.siggen.unihashes_exist = lambda query: {tid: tid in names[:5] for tid in query}
+        self.assertEqual(set(self.query(names)), set(names))
+        self.warning.assert_called_once()
+        self.assertIn("knows 5 of 60 sstate objects", self.warning.call_args[0][0])
+
+        # A tenth is enough
+        self.siggen.unihashes_exist = lambda query: {tid: tid in names[:6] for tid in query}
+        self.presence = self.make()
+        self.assertEqual(set(self.query(names)), set(names[:6]))
+        self.warning.assert_called_once()
+
     def test_not_for_signatures(self):
         self.siggen.unihashes_exist = None
         self.assertEqual(self.query(["ab/5"], siginfo=True), {"ab/5": 5})

@@ -462,9 +462,9 @@ class FaultsTest(SFTPTest):
         for name, outcome in zip(answers, self.ask(*requests)):
             with self.subTest(name=name):
                 self.assertEqual(outcome, (200, 1))
-                self.assertEqual((self.count("connections", name), self.count("retries", name)), (2, 1))
-                # Closed without any answer is how sshd refuses
-                self.assertEqual(self.count("refusals", name), 1 if name == "closed" else 0)
+                # A session may end at any time
+                self.assertEqual((self.count("connections", name), self.count("retries", name)), (2, 0 if name == "closed" else 1))
+                self.assertEqual(self.count("refusals", name), 0)
 
     def test_malformed_data(self):
         """The request fails as it stays so"""
