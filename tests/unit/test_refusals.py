@@ -138,7 +138,7 @@ def test_away_after_some_files_were_refused(mirror, simulation, seconds):
     found.update(enumerate(simulation.statuses("HEAD", [URL % one for one in range(200, 3000)]), 200))
     wanted = expected(3000)
     assert [one for one in wanted if one not in bad and found[one] != wanted[one]] == []
-    assert simulation.loop.time() < AWAY + 180
+    assert simulation.loop.time() < AWAY + 240
 
 
 def test_all_attempts_are_bounded(mirror, simulation):

@@ -30,6 +30,8 @@ HOST = "host"
 ANSWERED = "answered"
 # Answers of a host that has not answered anything else that suffice to conclude that it cannot
 ENOUGH = 16
+# Seconds between requests that find something out, so that they themselves are not too many
+SPACING = 0.1
 # Verdicts in a row that refusals, or statuses, are about files until the next ones are taken to be so as well: nothing waits
 # for the verdict about them
 CERTAIN = 3
@@ -71,9 +73,9 @@ class Doubt:
         """Whether refusals, or statuses, have turned out to be about files again and again"""
         return self._about_files[refusals] >= CERTAIN
 
-    def reset(self):
-        """What has turned out before does not apply any more"""
-        self._about_files = {True: 0, False: 0}
+    def reset(self, refusals):
+        """What has turned out about refusals, or statuses, does not apply any more"""
+        self._about_files[refusals] = 0
 
     def hold(self, request, response, error, holds_up):
         """holds_up: send nothing else until there is a verdict, unless the last ones were all about files"""
@@ -88,10 +90,10 @@ class Doubt:
         if not self.held or self._probing:
             return
         if self._known:
+            self._probing = True
             if self.holds_up and not self._about_files[self.held[0][2] is not None]:
-                self.probe_host()
+                self._later(SPACING, self._probe, self._known[0], self._probed)
             else:
-                self._probing = True
                 self._ask_later()
             return
         _, response, error = self.held[0]
@@ -128,8 +130,11 @@ class Doubt:
         self._known = self._known[0], response.status
         return True
 
+    def _later(self, seconds, function, *args):
+        self._pool.loop.call_later(seconds if self.holds_up else 0, function, *args)
+
     def _ask_later(self):
-        self._pool.loop.call_later(PAUSE if self.holds_up else 0, self._ask_again)
+        self._later(PAUSE, self._ask_again)
 
     def _ask_again(self):
         request = self.held[0][0] if self.held else None
@@ -144,7 +149,7 @@ class Doubt:
     def _sampled(self, request, response, error):
         if isinstance(error, RefusedError) or response and is_doubtful(response):
             # The host may have begun to refuse just now
-            self._probe(self._known[0], self._confirmed)
+            self._later(SPACING, self._probe, self._known[0], self._confirmed)
         else:
             self._end(ANSWERED if response else HOST, response or error)
 
@@ -157,8 +162,10 @@ class Doubt:
         self._end(FILES)
 
     def _end(self, verdict, outcome=None):
-        if verdict != FILES:
-            self.reset()
+        if verdict == HOST:
+            self._about_files = {True: 0, False: 0}
+        elif verdict == ANSWERED and self.held:
+            self.reset(self.held[0][2] is not None)
         self._probing = self.holds_up = False
         held, self.held = self.held, []
         if not self._pool.stopped:

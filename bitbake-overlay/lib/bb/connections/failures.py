@@ -19,14 +19,16 @@ host is asked at all is decided by health.py.
 
 from bb.connections import Cancelled, RefusedError, StatusError
 from bb.connections.doubt import ANSWERED, HOST
-from bb.connections.health import MAX_PAUSE, PAUSE
+from bb.connections.health import MAX_PAUSE, PAUSE, UNWILLING
 from bb.connections.request import redact
 
 # Attempts for a request if the connection fails, if it is refused while others are answered, and if it is answered by an
 # error of the server or not at all
 ATTEMPTS = 4
-REFUSED_ATTEMPTS = 8
+REFUSED_ATTEMPTS = 12
 ERROR_ATTEMPTS = 2
+# Refusals in a row that are hardly due to chance, or to their files
+LONG = 16
 # Attempts for a request that is refused, if meanwhile none is answered that was refused before
 LONE_ATTEMPTS = 4
 
@@ -38,15 +40,18 @@ class Failures:
     Of one Host.
 
     waiting     requests that were refused, {request: timer}: they are queued when that expires
+    patience    seconds until an answer that is slow, while others are not, is given up: less once that was in vain
     """
 
     def __init__(self, host, pool):
         self.waiting = {}
+        self.patience = pool.timeout
         self._host = host
         self._pool = pool
         self._loop = pool.loop
-        # Refusals since the last answer
+        # Refusals since the last answer, and whether there were LONG of them since the last verdict
         self._in_row = 0
+        self._was_long = False
         # Requests whose refusal has lowered the rate, and which have not been answered since
         self._lowered = set()
         # How many requests have been answered after they were refused
@@ -75,44 +80,45 @@ class Failures:
 
     def slow(self, connection, request, error):
         """connection has been silent while request, and maybe others, was in flight"""
-        was_slow, request.alone = request.alone, True
-        if self._host.health.answered_at > request.sent or connection.in_answer:
-            if not connection.served and not connection.in_answer and not was_slow and not request.attempts:
-                # There may be fewer workers than connections
-                request.alone = False
-                request.attempts = 1
-                self._host.limit_connections(len(self._host.lanes.connections))
-            elif was_slow:
-                self._host.finish([request], error)
-                return
-            self.again(request)
-        elif was_slow and self._host.doubt.can_probe:
-            # It may be the request alone
+        if request.alone:
+            # Others were answered when it became slow. The answer to a probe tells whether they still are.
+            self.patience = UNWILLING
             self._host.doubt.probe_host()
             self._host.finish([request], error)
-        else:
+            return
+        health = self._host.health
+        if health.answered_at <= request.sent and not connection.in_answer and request.heard in (None, health.answers):
+            # Nobody was answered, nor since it was slow before
+            request.heard = health.answers
             self._host.doubt.probe_host()
             self.host_failed(error, request.sent)
-            self.again(request)
+        elif not connection.served and not connection.in_answer and not request.attempts:
+            # There may be fewer workers than connections
+            request.attempts = 1
+            self._host.limit_connections(len(self._host.lanes.connections))
+        else:
+            request.alone = True
+        self.again(request)
 
     def refuse(self, request, error):
         """request was refused"""
         self._host.statistics.refusals += 1
         self._host.limit_connections()
         self._in_row += 1
+        self._was_long = self._was_long or self._in_row >= LONG
         if request.cancelled or request.probe:
             self._host.finish([request], error)
         elif (request.refusals + 1) % LONE_ATTEMPTS and self._is_expected(request):
             self._adapt_pace(request)
             self._wait(request, error)
         else:
-            self._host.doubt.hold(request, None, error, not self._host.health.pace.is_useless)
+            self._host.doubt.hold(request, None, error, self._was_long or not self._host.health.pace.is_useless)
 
     def _is_expected(self, request):
         """Whether there is nothing to be found out by a probe"""
         pace = self._host.health.pace
         if self._host.doubt.is_certain() or pace.is_useless:
-            return True
+            return not self._was_long
         if pace.rate is not None:
             # The limit is tried out from time to time
             return self._in_row == 1 or pace.was_lowered_since(request.sent)
@@ -132,13 +138,16 @@ class Failures:
         self._lowered.discard(request)
         if request.refusals and not request.probe:
             self._recovered += 1
-            self._host.doubt.reset()
+            self._host.doubt.reset(True)
 
     def others_answered(self):
         self._in_row = 0
 
     def settle(self, verdict, held, outcome):
         """Of Doubt"""
+        was_long, self._was_long = self._was_long, False
+        if verdict == ANSWERED and was_long:
+            self._host.health.pace.renew()
         if verdict == HOST:
             self._settle_host(held, outcome)
         elif verdict == ANSWERED:
@@ -160,6 +169,7 @@ class Failures:
             if refusal:
                 self._wait(request, refusal)
             else:
+                self._host.health.pace.answered(1)
                 request.attempts += 1
                 if response.status >= 500 and request.attempts < ERROR_ATTEMPTS:
                     self.again(request)
@@ -173,8 +183,16 @@ class Failures:
             error = refusal or error or RefusedError("%s: status %s" % (redact(request.url), response.status))
         else:
             started = self._loop.time()
-        for request, _, _ in held:
-            self.again(request)
+        answers = self._host.health.answers
+        for request, response, refusal in held:
+            if request.heard is not None and request.heard != answers:
+                # Others were answered since the last such verdict
+                request.refusals += 1
+            request.heard = answers
+            if request.refusals >= REFUSED_ATTEMPTS:
+                self._pool.finish(request, response, refusal)
+            else:
+                self.again(request)
         if error:
             self.host_failed(error, started)
 

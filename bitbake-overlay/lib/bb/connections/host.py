@@ -63,8 +63,8 @@ class Host:
         # A login is refused more often than it pays
         self.growth = Growth(pool.limit, pool.limit if kind.serial else pool.most)
         self.queues = RequestQueues()
-        # Whether a GET is answered where a HEAD is not; None: not known yet
-        self._get_helps = None
+        # {status that a HEAD was refused with: whether a GET is answered then}
+        self._get_helps = {}
         # Whether it sends more than answers, as servers do that send a body with the answer to a HEAD
         self._untidy = False
         self.unsupported = {}
@@ -213,7 +213,7 @@ class Host:
                 counted = len(good)
                 self.failures.refuse(request, error)
             elif doubtful and not request.probe:
-                self.doubt.hold(request, response, None, not self.health.pace.is_useless)
+                self.doubt.hold(request, response, None, response.status == FORBIDDEN or not self.health.pace.is_useless)
             else:
                 good.append((request, response, error))
                 # Such an answer to a probe: the host still fails
@@ -241,14 +241,15 @@ class Host:
             return response, error
         if response.status not in HEAD_REFUSED:
             if request.method != request.asked and response.status < 500:
-                self._get_helps = True
+                self._get_helps[request.refused_head] = True
             return response, None
         if request.method != request.asked:
             # An absent file may be answered in the same way where it has helped before
-            self._get_helps = self._get_helps or False
-        elif request.method == "HEAD" and self._get_helps is not False:
+            self._get_helps.setdefault(request.refused_head, False)
+        elif request.method == "HEAD" and self._get_helps.get(response.status, True):
             # As in fetch2/wget.py, unless it was in vain before
             request.method = "GET"
+            request.refused_head = response.status
             return None, Changed()
         elif request.size is not None and response.status == FORBIDDEN:
             return None, RefusedError("%s: status %s" % (redact(request.url), FORBIDDEN))

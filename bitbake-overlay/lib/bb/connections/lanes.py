@@ -165,7 +165,7 @@ class Lanes:
         if not self._host.health.answers:
             return SLOW if self._host.health.is_healthy(request.route) else UNWILLING - SLOW
         if request.alone:
-            return self._pool.timeout
+            return self._host.failures.patience
         served = connection.served or not any(one.served for one in self.connections)
         return max(SLOW if served else UNSERVED, usual)
 
@@ -195,7 +195,8 @@ class Lanes:
 
     def _has_place(self, route):
         """Whether there may be a further connection. If not, one by another route may have to give way."""
-        if self.size < self._host.health.limit:
+        # A connection that waits for a slow answer counts only if there can be no other
+        if self.size < self._host.health.limit or self.size - self._slow_ones() < self._host.health.limit <= self.size < self._host.health.most:
             if not self._pool.has_room() and not self.size and not self._pool.make_room():
                 self._host.fail(route, ConnectError("%s: there are connections to too many hosts" % self._host.origin.host, False))
             return self._pool.has_room()

@@ -28,6 +28,8 @@ START = 64
 KEPT = 0.8
 # Growth of the rate by each answer: a tenth by 10 answers, so that one request in about 25 is refused by a limit
 GROWTH = 1.01
+# Answers without a refusal after which it grows twice as fast, and so on: more than there are between two refusals near a limit
+CALM = 30
 # The lowest rate: what is refused even so is not refused because of it
 SLOWEST = 0.75
 # The search for the limit takes up to SEARCH refusals. Then the rate is near it, and has to grow by a quarter until the next one,
@@ -75,6 +77,12 @@ class Pace:
         self._since = self._at = now
         return True
 
+    def renew(self):
+        """Refusals may depend on the rate after all"""
+        if self.is_useless:
+            self.is_useless = False
+            self._gaps.clear()
+
     def was_lowered_since(self, sent):
         return sent < self._since
 
@@ -87,7 +95,7 @@ class Pace:
     def answered(self, count):
         self._answers += count
         if self.rate is not None:
-            self.rate *= GROWTH ** count
+            self.rate *= GROWTH ** (count * (1 + self._answers // CALM))
             if self.rate > UNLIMITED:
                 self.rate = None
 

@@ -98,7 +98,7 @@ class Request:
     # A query has many thousands: a dictionary for each takes three times the memory
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "empty", "done", "context", "cancelled", "first",
                  "fresh", "doubted", "probe", "alone", "received", "sent", "url", "origin", "target", "route", "key", "asked", "size",
-                 "validators", "attempts", "refusals", "recovered", "redirects")
+                 "validators", "attempts", "refusals", "recovered", "redirects", "refused_head", "heard")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, empty=False):
         # What is sent may become a GET if the server refuses a HEAD
@@ -116,6 +116,10 @@ class Request:
         self.size = self.validators = None
         # The host's: failures, refusals, redirects, and how many other requests had recovered from refusals at the first one
         self.attempts = self.refusals = self.redirects = self.recovered = 0
+        # The status with which a HEAD was refused, if that is why it is a GET now
+        self.refused_head = None
+        # How many answers the host had given when this one failed to come, and no other came meanwhile
+        self.heard = None
         self._set_url(url)
         # Requests with the same key have the same answer, whatever redirects do to url
         self.key = (authorization, self.route), url

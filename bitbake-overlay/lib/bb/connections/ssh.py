@@ -41,10 +41,11 @@ PERMANENT = re.compile(
     r"Permission denied \(|Host key verification failed|Too many authentication failures|Unable to negotiate|"
     r"Could not resolve hostname (?!.*(Temporary failure|Try again))|subsystem request failed|"
     r"[Bb]ad configuration option|Bad owner or permissions|Can't open user config|banner exchange: .*invalid format")
-# How sshd declines to serve: MaxStartups, PerSourcePenalties, too many processes
+# How sshd declines to serve: MaxStartups, PerSourcePenalties, too many processes; and others: too many connections (12 in
+# RFC 4253 11.1)
 REFUSED = re.compile(
-    r"exchange_identification: ((read|write): )?(Connection|Broken pipe)|Connection (closed|reset) by |"
-    r"closed by remote host|Not allowed at this time|Exceeded MaxStartups")
+    r"exchange_identification: ((read|write): )?Connection|Broken pipe|Connection (closed|reset) by |"
+    r"closed by remote host|Not allowed at this time|Exceeded MaxStartups|Received disconnect from \S+ port [0-9]+:12: ")
 
 
 class SSH:
