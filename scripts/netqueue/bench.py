@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The benchmarks of scripts/bench: their arguments, and that of the dispatch.
 
-pacebench.py, lanesbench.py, presencebench.py, buildbench.py, overheadbench.py and
-faultsbench.py have the other benchmarks. Of the dispatch (dispatch.py) each variant
+pacebench.py, lanesbench.py, presencebench.py, buildbench.py, overheadbench.py,
+faultsbench.py and fuzzbench.py have the other benchmarks. Of the dispatch (dispatch.py) each variant
 is a process with the lib folder of one tree (turns.py); they take turns of a few
 tasks each.
 """
@@ -11,7 +11,7 @@ tasks each.
 import contextlib
 from pathlib import Path
 
-from netqueue import Problem, buildbench, faultsbench, lanesbench, overheadbench, pacebench, presencebench
+from netqueue import Problem, buildbench, faultsbench, fuzzbench, lanesbench, overheadbench, pacebench, presencebench
 from netqueue.benchfiles import add_json, write_json
 from netqueue.command import Parser
 from netqueue.presencebench import positive
@@ -25,7 +25,8 @@ OTHERS = [("pace", pacebench, "tasks and transfers a second, of each alone and b
           ("presence", presencebench, "what it costs to ask which objects a mirror has"),
           ("build", buildbench, "how long it takes to restore all objects of a build"),
           ("overhead", overheadbench, "what a build costs that the series has nothing to gain for"),
-          ("faults", faultsbench, "what is restored from mirrors in a bad mood")]
+          ("faults", faultsbench, "what is restored from mirrors in a bad mood"),
+          ("fuzz", fuzzbench, "mutated input for the parsers of the shared connections")]
 # Name, whether of the patched tree, BB_NUMBER_NETWORK_THREADS
 VARIANTS = [("stock", False, ""), ("patched, limit unset", True, ""), ("patched, limit 4", True, "4")]
 
