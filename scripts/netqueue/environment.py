@@ -26,6 +26,7 @@ REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
 INSTALL_SECONDS = 900
 SYSTEM_PATH = ":/usr/local/sbin:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")
+UNITS = (Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"))
 LOCALE = "en_US.UTF-8"
 
 
@@ -140,16 +141,25 @@ def apt_install(*packages):
 
 @contextlib.contextmanager
 def _services_stay_off():
-    """Debian starts a server when it installs it; we run our own, on a port of our own."""
-    if POLICY.exists():
-        yield
-        return
-    POLICY.write_text("#!/bin/sh\nexit 101\n")
-    POLICY.chmod(0o755)
+    """Debian starts a server when it installs it, and at each boot; we run our own, on a port of our own."""
+    before = _services()
+    written = not POLICY.exists()
+    if written:
+        POLICY.write_text("#!/bin/sh\nexit 101\n")
+        POLICY.chmod(0o755)
     try:
         yield
     finally:
-        POLICY.unlink()
+        if written:
+            POLICY.unlink()
+        new = sorted(_services() - before)
+        if new:
+            _run(["systemctl", "disable", *new])
+
+
+def _services():
+    """Names of those that systemd could start at boot"""
+    return {path.name for folder in UNITS for path in folder.glob("*.service") if not path.name.endswith("@.service")}
 
 
 def _run(command, output=None):
