@@ -3,7 +3,7 @@
 """The benchmarks of scripts/bench: their arguments, and that of the dispatch.
 
 pacebench.py, lanesbench.py, presencebench.py, buildbench.py, overheadbench.py,
-faultsbench.py and fuzzbench.py have the other benchmarks. Of the dispatch (dispatch.py) each variant
+faultsbench.py, fuzzbench.py and killbench.py have the other benchmarks. Of the dispatch (dispatch.py) each variant
 is a process with the lib folder of one tree (turns.py); they take turns of a few
 tasks each.
 """
@@ -11,7 +11,7 @@ tasks each.
 import contextlib
 from pathlib import Path
 
-from netqueue import Problem, buildbench, faultsbench, fuzzbench, lanesbench, overheadbench, pacebench, presencebench
+from netqueue import Problem, buildbench, faultsbench, fuzzbench, killbench, lanesbench, overheadbench, pacebench, presencebench
 from netqueue.benchfiles import add_json, write_json
 from netqueue.command import Parser
 from netqueue.presencebench import positive
@@ -26,7 +26,8 @@ OTHERS = [("pace", pacebench, "tasks and transfers a second, of each alone and b
           ("build", buildbench, "how long it takes to restore all objects of a build"),
           ("overhead", overheadbench, "what a build costs that the series has nothing to gain for"),
           ("faults", faultsbench, "what is restored from mirrors in a bad mood"),
-          ("fuzz", fuzzbench, "mutated input for the parsers of the shared connections")]
+          ("fuzz", fuzzbench, "mutated input for the parsers of the shared connections"),
+          ("kills", killbench, "what is left of builds that are killed while they restore")]
 # Name, whether of the patched tree, BB_NUMBER_NETWORK_THREADS
 VARIANTS = [("stock", False, ""), ("patched, limit unset", True, ""), ("patched, limit 4", True, "4")]
 
