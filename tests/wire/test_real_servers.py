@@ -8,6 +8,8 @@ nginx and OpenSSH have test_nginx.py and test_sshd.py.
 import os
 import random
 import shutil
+import struct
+import subprocess
 import tempfile
 import types
 from pathlib import Path
@@ -281,3 +283,23 @@ def test_proftpd_that_ends_idle_sessions(files, make_asking):
         get_all(asking, server.url, files, with_tools(server))
         assert asking.troubles() == []
         assert 2 <= asking.count("connections") <= 8
+
+
+def test_proftpd_that_is_full(files, make_asking):
+    """Another client has the only session there may be: that is a refusal, and ends with it"""
+    with Proftpd(files.folder, "MaxClients 1") as server:
+        other = subprocess.Popen([server.tools / "ssh", "-p", str(server.port), "-s", "127.0.0.1", "sftp"],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            # It counts once it has greeted
+            other.stdin.write(struct.pack(">IBI", 5, 1, 3))
+            other.stdin.flush()
+            assert len(other.stdout.read(9)) == 9
+            asking = make_asking()
+            one, = asking.ask("HEAD", [server.url + "/f1"], with_tools(server))
+            wait_until(lambda: asking.count("refusals"), "it is refused")
+        finally:
+            other.kill()
+            other.communicate()
+        assert one.status() == 200
+        assert asking.troubles() == []
