@@ -62,14 +62,14 @@ def test_refusal_that_may_be_of_one_request_only():
 
 
 def test_what_is_left_of_the_rate():
-    """What the host has answered, but not less than half"""
+    """What the host has answered, but not less than half of what there was after the last refusal"""
     for answers, rate in ((START, KEPT * START), (int(0.7 * START), int(0.7 * START)), (3, START / 2)):
         pace = Pace()
         pace.refused(0, 0, start=True)
         pace.answered(answers)
         before = pace.rate
         pace.refused(0.5, 1)
-        assert pace.rate == pytest.approx(max(before / 2, min(before * KEPT, answers)))
+        assert pace.rate == pytest.approx(max(START / 2, min(before * KEPT, answers)))
 
 
 def test_what_was_under_way_is_part_of_the_same_refusal():

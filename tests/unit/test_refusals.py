@@ -119,7 +119,7 @@ def test_limited_rate(mirror, simulation, status, rate, burst):
         return right(request)
     mirror.answer = answer
     assert statuses(simulation, 400) == expected(400)
-    assert simulation.loop.time() < 400 / rate / 0.6 + 5
+    assert simulation.loop.time() < 400 / rate / 0.6 + 6
 
 
 @pytest.mark.parametrize("seconds", [5, 15, 40])

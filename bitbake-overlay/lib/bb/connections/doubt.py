@@ -28,7 +28,8 @@ from bb.connections.request import ABSENT, FORBIDDEN, Request
 FILES = "files"
 HOST = "host"
 ANSWERED = "answered"
-# Answers of a host that has not answered anything else that suffice to conclude that it cannot
+# Answers for which the host is probed at once; and those of a host that has not answered anything else that suffice to
+# conclude that it cannot
 ENOUGH = 16
 # Seconds between requests that find something out, so that they themselves are not too many
 SPACING = 0.1
@@ -88,6 +89,9 @@ class Doubt:
         some that were beyond doubt.
         """
         if not self.held or self._probing:
+            return
+        if not self.holds_up and not idle and len(self.held) < ENOUGH and self._known:
+            # Together with others
             return
         if self._known:
             self._probing = True

@@ -33,8 +33,8 @@ CALM = 30
 # The lowest rate: what is refused even so is not refused because of it
 SLOWEST = 0.75
 # The search for the limit takes up to SEARCH refusals. Then the rate is near it, and has to grow by a quarter until the next one,
-# which takes 22 answers. If after MANY more refusals there were mostly less than FEW, they do not depend on the rate.
-SEARCH, FEW, MANY = 8, 18, 6
+# which takes 22 answers. If between MANY more refusals there were fewer than FEW on average, they do not depend on the rate.
+SEARCH, FEW, MANY = 8, 20, 6
 # Seconds whose requests may be sent together: timers are not more precise
 BURST = 0.01
 # Requests a second above which there is no limit any more
@@ -47,6 +47,8 @@ class Pace:
     def __init__(self):
         self.rate = None
         self.is_useless = False
+        # The rates before and after the last refusal
+        self._before = self._lowered = 0
         # Answers before each refusal so far
         self._gaps = []
         # Answers since the last refusal, and its time
@@ -63,12 +65,14 @@ class Pace:
         if self.is_useless:
             return False
         if self.rate is None and start:
-            self.rate = START
+            self.rate = self._lowered = START
         elif self.rate is not None and sent >= self._since and self._answers:
             answered = self._answers / max(now - self._since, 1e-3)
-            self.rate = max(self.rate / 2, min(self.rate * KEPT, answered), SLOWEST)
+            self._before = self.rate
+            # Where a server counts by the second, the rate has grown beyond the limit before the second is over
+            self.rate = self._lowered = max(self._lowered / 2, min(self.rate * KEPT, answered), SLOWEST)
             self._gaps.append(self._answers)
-            if len(self._gaps) >= SEARCH + MANY and statistics.median(self._gaps[SEARCH:]) < FEW:
+            if len(self._gaps) >= SEARCH + MANY and statistics.mean(self._gaps[SEARCH:]) < FEW:
                 self.is_useless, self.rate = True, None
                 return False
         else:
@@ -87,10 +91,9 @@ class Pace:
         return sent < self._since
 
     def forgive(self):
-        """A request was refused again: unless the rate is far above the limit, the first refusal was about its file"""
-        if self.rate is not None and self._gaps and self._answers >= MANY:
-            self._gaps.pop()
-            self.rate /= KEPT
+        """A request that had lowered the rate was refused again while others were answered: that was about its file"""
+        if self.rate is not None and self._answers:
+            self.rate = max(self.rate, self._before)
 
     def answered(self, count):
         self._answers += count
