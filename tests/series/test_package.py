@@ -44,7 +44,8 @@ def tree(unpacked, tmp_path):
 def changed_lines(section):
     """The lines that a patch takes out and puts in, whatever is around them."""
     body = section.text.split("\n@@ ", 1)[-1]
-    return [line for line in body.split("\n") if line.startswith(("+", "-"))]
+    # The first line is what follows @@
+    return [line for line in body.split("\n")[1:] if line.startswith(("+", "-"))]
 
 
 @needs_patches
