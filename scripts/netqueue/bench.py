@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The benchmarks of scripts/bench: their arguments, and that of the dispatch.
 
-pacebench.py, lanesbench.py, presencebench.py, buildbench.py, overheadbench.py,
-faultsbench.py, fuzzbench.py and killbench.py have the other benchmarks. Of the dispatch (dispatch.py) each variant
-is a process with the lib folder of one tree (turns.py); they take turns of a few
-tasks each.
+pacebench.py, lanesbench.py, presencebench.py, buildbench.py, installbench.py,
+overheadbench.py, faultsbench.py, fuzzbench.py and killbench.py have the other
+benchmarks. Of the dispatch (dispatch.py) each variant is a process with the lib
+folder of one tree (turns.py); they take turns of a few tasks each.
 """
 
 import contextlib
 from pathlib import Path
 
-from netqueue import Problem, buildbench, faultsbench, fuzzbench, killbench, lanesbench, overheadbench, pacebench, presencebench
+from netqueue import (Problem, buildbench, faultsbench, fuzzbench, installbench, killbench, lanesbench, overheadbench, pacebench,
+                      presencebench)
 from netqueue.benchfiles import add_json, write_json
 from netqueue.command import Parser
 from netqueue.presencebench import positive
@@ -24,6 +25,7 @@ OTHERS = [("pace", pacebench, "tasks and transfers a second, of each alone and b
           ("lanes", lanesbench, "over how many connections a mirror is asked"),
           ("presence", presencebench, "what it costs to ask which objects a mirror has"),
           ("build", buildbench, "how long it takes to restore all objects of a build"),
+          ("install", installbench, "what it costs to install objects that are all local"),
           ("overhead", overheadbench, "what a build costs that the series has nothing to gain for"),
           ("faults", faultsbench, "what is restored from mirrors in a bad mood"),
           ("fuzz", fuzzbench, "mutated input for the parsers of the shared connections"),
