@@ -41,12 +41,12 @@ logger = logging.getLogger("BitBake.RunQueue")
 # URLs yet, for which much more memory is needed than for the answer.
 WINDOW = 2048
 
-# Requests that are handed over together: each wakes the threads of the connections up. The first are fewer, for
-# connections to be made soon.
+# Requests that are handed over together: each batch wakes the connection thread. The first is smaller, so that connecting
+# starts early.
 BATCH = 64
 FIRST_BATCH = 8
 
-# Statuses which need no other opinion, as do those of 500 and above
+# Statuses that the fetcher need not check, nor those of 500 and above
 FINAL = (200,) + MISSING
 
 # Seconds between two looks at the clock and at the user's interrupts, and between two updates of the progress
@@ -59,15 +59,14 @@ SAMPLE = 64
 # Queries for fewer files are not checked
 CHECKED_FROM = 8
 
-# Seconds without any answer after which something must be wrong here: a mirror that stays silent is given
-# up for much earlier
+# Seconds without any answer after which the query fails; a silent mirror is suspended much earlier
 DEADLINE = 900
 
 
 class Item:
     """
     An object that is being asked for. candidates are FetchData, where it may be; those up to place were asked for, and
-    waiting have not answered yet. hosts are the Hosts of these.
+    waiting have not answered yet. hosts are the Mirrors of these.
     """
     __slots__ = ("tid", "ud", "candidates", "place", "waiting", "hosts")
 
@@ -80,7 +79,7 @@ class Item:
         self.hosts = []
 
 
-class Host:
+class Mirror:
     """
     What became of the requests to a mirror at origin. route is that of the first request, reason why the first that
     has no answer has none.
@@ -112,7 +111,7 @@ class Locations:
         return ud, uds
 
     def describe(self, method, ud):
-        """The members of a Request for ud. For its mirror ~/.netrc is what it was at the first."""
+        """The members of a Request for ud. ~/.netrc is read once for each mirror."""
         mirror = ud.url.partition("://")[2].partition("/")[0], ud.type, ud.user, ud.pswd
         if mirror not in self._asked:
             verify = ud.type == "sftp" or ud.method.check_certs(self.d)
@@ -133,13 +132,13 @@ class Query:
         # What is left to the fetchers is not for the shared connections
         self._d.delVar(shared.ADDRESS)
         self._network = not bb.utils.to_boolean(d.getVar("BB_NO_NETWORK"))
-        self._hosts = {}
+        self._mirrors = {}
         self._sizes = {}
         self._pending = set()
-        # {Host: [(Item, place)] that it has not}, and whether that is being checked
+        # {Mirror: [(Item, place)] that it has not}, and whether that is being checked
         self._absent = collections.defaultdict(list)
         self._checking = False
-        # Requests that are not submitted yet, {request: (Item, place, Host)} of all without an answer, and answers of the
+        # Requests that are not submitted yet, {request: (Item, place, Mirror)} of all without an answer, and answers of the
         # fetchers
         self._requests = []
         self._asked = {}
@@ -171,14 +170,14 @@ class Query:
         return self._sizes
 
     def unanswered(self):
-        """The Hosts that have left something unanswered"""
-        return [host for host in self._hosts.values() if host.unanswered]
+        """The Mirrors that have left something unanswered"""
+        return [host for host in self._mirrors.values() if host.unanswered]
 
     def _loop(self, waiting, update):
         total = len(waiting)
         self._heard = shown = time.monotonic()
         while waiting or self._pending:
-            for _ in range(min(BATCH if self._hosts else FIRST_BATCH, len(waiting), WINDOW - len(self._pending))):
+            for _ in range(min(BATCH if self._mirrors else FIRST_BATCH, len(waiting), WINDOW - len(self._pending))):
                 self._begin(*waiting.popleft())
             requests, self._requests = self._requests, []
             if requests:
@@ -218,7 +217,7 @@ class Query:
                 request = Request(**self.locations.describe("HEAD", item.candidates[place]))
                 request.doubted = True
                 item.waiting += 1
-                # What else there is has been asked for
+                # All candidates have been asked
                 self._asked[request] = item, place, host
                 self._pending.add(item)
                 self._requests.append(request)
@@ -250,7 +249,7 @@ class Query:
 
     def _ask_further(self):
         """Ask the next mirror for what one that has no answer now was asked for"""
-        failing = {host for host in self._hosts.values() if not self._server.pool.is_healthy(host.origin, host.route)}
+        failing = {host for host in self._mirrors.values() if not self._server.pool.is_healthy(host.origin, host.route)}
         for item in list(self._pending) if failing else ():
             if item.waiting == 1 and item.hosts and item.hosts[-1] in failing:
                 self._ask(item)
@@ -258,7 +257,7 @@ class Query:
     def _ask_for(self, item, ud):
         """Returns False if ud is not asked for"""
         if ud is item.ud and ud.type == "file":
-            # The metadata has looked there
+            # The metadata has already checked the local file
             return False
         if not shared.supports(ud, self._d):
             self._check(item, ud)
@@ -272,10 +271,10 @@ class Query:
             logger.debug2("%s: not over shared connections: %s", redact(ud.url), e)
             self._check(item, ud)
             return True
-        if request.origin not in self._hosts:
-            self._hosts[request.origin] = Host(request.origin, request.route)
-        # A redirect leads the request elsewhere, but the mirror it is
-        host = self._hosts[request.origin]
+        if request.origin not in self._mirrors:
+            self._mirrors[request.origin] = Mirror(request.origin, request.route)
+        # A redirect changes request.origin; the mirror stays the same
+        host = self._mirrors[request.origin]
         host.asked += 1
         item.hosts.append(host)
         self._asked[request] = item, item.place, host
@@ -305,13 +304,10 @@ class Query:
                 self.places[item.tid] = place, (host.origin, host.route)
             self._pending.discard(item)
             return
-        if host and (error or response.status >= 500) and self._checking:
-            # It was answered before
-            pass
-        elif host and (error or response.status >= 500):
+        if host and not self._checking and (error or response.status >= 500):
             host.unanswered += 1
             host.reason = host.reason or (str(error) if error else "status %s" % response.status)
-        elif host:
+        elif host and not self._checking:
             self._absent[host].append((item, place))
         self._ask(item)
 

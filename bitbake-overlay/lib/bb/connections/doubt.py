@@ -5,15 +5,15 @@
 #
 
 """
-Answers that are about a file or about the host, and do not tell which.
+Find out whether answers such as 403 and 503 are about one file or the host.
 
 Used by host.py, in the thread of the event loop. A mirror answers 403 for a file
 that does not exist (S3, if listing is not allowed), or because it has been
 asked too often; it answers 500 or 503 for one file, or for all. Such answers are
-held. Then a probe asks for a file that was answered before. If that is not
-answered now, the answers are about the host. Otherwise one of the files is
-requested again: if it has the same answer, the answers are about their files.
-A run of such answers takes two further requests, however long it is.
+held. One of the files is requested again, and before and after it a file that
+was answered before. If that one is not answered, the host fails. If the first
+is not either, the answers are about their files. A run of such answers takes up
+to three further requests, however long it is.
 
     doubt = Doubt(pool, settle)
     doubt.hold(request, response, error)
@@ -28,13 +28,13 @@ from bb.connections.request import ABSENT, FORBIDDEN, Request
 FILES = "files"
 HOST = "host"
 ANSWERED = "answered"
-# Answers for which the host is probed at once; and those of a host that has not answered anything else that suffice to
-# conclude that it cannot
+# Number of held answers at which the host is probed at once, or considered to fail if it has not answered anything
 ENOUGH = 16
-# Seconds between requests that find something out, so that they themselves are not too many
+# Seconds for which answers are held at most if the host answers others, but nothing that can be asked for again
+HELD = 1
+# Seconds between probes, so that these do not exceed the server's limit
 SPACING = 0.1
-# Verdicts in a row that refusals, or statuses, are about files until the next ones are taken to be so as well: nothing waits
-# for the verdict about them
+# Consecutive verdicts about files after which other requests do not wait for the next verdict
 CERTAIN = 3
 
 
@@ -51,9 +51,12 @@ class Doubt:
         self.holds_up = False
         self._pool = pool
         self._settle = settle
+        # The request that is asked for again
+        self._sample = None
         # (request, status) of a file, preferably one that exists, whose answer was not in doubt
         self._known = None
         self._probing = False
+        self._timer = None
         # Verdicts in a row that refusals (True), or statuses (False), are about files
         self._about_files = {True: 0, False: 0}
 
@@ -75,7 +78,7 @@ class Doubt:
         return self._about_files[refusals] >= CERTAIN
 
     def reset(self, refusals):
-        """What has turned out about refusals, or statuses, does not apply any more"""
+        """Discard the verdicts about refusals, or about statuses"""
         self._about_files[refusals] = 0
 
     def hold(self, request, response, error, holds_up):
@@ -83,28 +86,44 @@ class Doubt:
         self.held.append((request, response, error))
         self.holds_up = self.holds_up or holds_up and self._known is not None and not self.is_certain(error is not None)
 
+    def clear(self):
+        """Returns the requests whose answers were held"""
+        requests = [request for request, _, _ in self.held]
+        self.held.clear()
+        self.holds_up = False
+        return requests
+
     def proceed(self, idle, answers):
         """
-        Continue with what is to be found out. idle: nothing else is queued or in flight. answers: the host has given
+        Start a probe if one is due. idle: nothing else is queued or in flight. answers: the host has given
         some that were beyond doubt.
         """
         if not self.held or self._probing:
             return
-        if not self.holds_up and not idle and len(self.held) < ENOUGH and self._known:
-            # Together with others
-            return
         if self._known:
+            if self.holds_up or idle or len(self.held) >= ENOUGH:
+                self._begin()
+            elif not self._timer:
+                # Together with others
+                self._timer = self._pool.loop.call_later(PAUSE, self._begin)
+            return
+        _, response, error = self.held[0]
+        if error:
+            self._end(HOST)
+        elif idle or len(self.held) >= ENOUGH and not answers and response.status != FORBIDDEN or \
+                answers and self._pool.loop.time() - self.held[0][0].sent > HELD:
+            self._end(FILES if answers or response.status == FORBIDDEN else HOST)
+
+    def _begin(self):
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self.held and not self._probing:
             self._probing = True
             if self.holds_up and not self._about_files[self.held[0][2] is not None]:
                 self._later(SPACING, self._probe, self._known[0], self._probed)
             else:
                 self._ask_later()
-            return
-        _, response, error = self.held[0]
-        if error:
-            self._end(HOST)
-        elif idle or len(self.held) >= ENOUGH and not answers and response.status != FORBIDDEN:
-            self._end(FILES if answers or response.status == FORBIDDEN else HOST)
 
     def probe_host(self):
         """Ask for the file that is known"""
@@ -125,7 +144,7 @@ class Doubt:
         elif self.held:
             self._ask_later()
         else:
-            self._probing = False
+            self._end(FILES)
 
     def _is_answered(self, response):
         """Whether the file that is known was answered. It need not be the same answer: it may have been removed meanwhile."""
@@ -141,17 +160,23 @@ class Doubt:
         self._later(PAUSE, self._ask_again)
 
     def _ask_again(self):
-        request = self.held[0][0] if self.held else None
+        self._sample = request = self.held[0][0] if self.held else None
         if not request:
-            self._probing = False
+            self._end(FILES)
         elif request.fd is not None and request.origin.scheme == "sftp":
             # There is no GET without a file
             self._probe(self._known[0], self._confirmed)
         else:
             self._probe(request, self._sampled)
 
+    def _is_held(self):
+        """Whether the verdict still applies; what was held may have failed with the host meanwhile"""
+        return bool(self.held) and self.held[0][0] is self._sample
+
     def _sampled(self, request, response, error):
-        if isinstance(error, RefusedError) or response and is_doubtful(response):
+        if not self._is_held():
+            self._ask_later()
+        elif isinstance(error, RefusedError) or response and is_doubtful(response):
             # The host may have begun to refuse just now
             self._later(SPACING, self._probe, self._known[0], self._confirmed)
         else:
@@ -160,10 +185,11 @@ class Doubt:
     def _confirmed(self, request, response, error):
         if not self._is_answered(response):
             self._end(HOST, error)
-            return
-        if self.held:
+        elif not self._is_held():
+            self._ask_later()
+        else:
             self._about_files[self.held[0][2] is not None] += 1
-        self._end(FILES)
+            self._end(FILES)
 
     def _end(self, verdict, outcome=None):
         if verdict == HOST:

@@ -5,13 +5,12 @@
 #
 
 """
-What becomes of the requests to a host that were not answered: whether they are
-sent again, when, and what that says about the host.
+Retry or fail requests that were not answered, and report failures of the host.
 
 Used by host.py, in the thread of the event loop. Whether a refusal or an error
 of the server is about a file or about the host is found out by doubt.py. A file
-costs a bounded number of attempts, behind or beside other requests; whether the
-host is asked at all is decided by health.py.
+takes a bounded number of attempts. health.py decides whether the host is asked
+at all.
 
     failures = Failures(host, pool)
     failures.refuse(request, RefusedError("status 503"))
@@ -27,12 +26,10 @@ from bb.connections.request import redact
 ATTEMPTS = 4
 REFUSED_ATTEMPTS = 12
 ERROR_ATTEMPTS = 2
-# Refusals in a row that are hardly due to chance, or to their files
+# Consecutive refusals that suggest a limit of the host
 LONG = 16
 # Attempts for a request that is refused, if meanwhile none is answered that was refused before
 LONE_ATTEMPTS = 4
-
-CANCELLED = Cancelled("the answer is not needed any more")
 
 
 class Failures:
@@ -40,7 +37,7 @@ class Failures:
     Of one Host.
 
     waiting     requests that were refused, {request: timer}: they are queued when that expires
-    patience    seconds until an answer that is slow, while others are not, is given up: less once that was in vain
+    patience    seconds to wait for an answer that is slow while others are not; reduced after the first that did not come
     """
 
     def __init__(self, host, pool):
@@ -65,7 +62,7 @@ class Failures:
             self._host.unsupported[True] = error
             self._host.submit(self._host.queues.clear())
         if request.cancelled:
-            error = CANCELLED
+            error = Cancelled("the answer is not needed any more")
         elif error.retryable and request.attempts < attempts and \
                 not self._host.health.suspended(request.route, self._loop.time()):
             self._host.statistics.retries += 1
@@ -88,7 +85,7 @@ class Failures:
             return
         health = self._host.health
         if health.answered_at <= request.sent and not connection.in_answer and request.heard in (None, health.answers):
-            # Nobody was answered, nor since it was slow before
+            # Nothing was answered since it was sent, or since its last time-out
             request.heard = health.answers
             self._host.doubt.probe_host()
             self.host_failed(error, request.sent)
@@ -144,10 +141,12 @@ class Failures:
         self._in_row = 0
 
     def settle(self, verdict, held, outcome):
-        """Of Doubt"""
+        """Called by Doubt"""
         was_long, self._was_long = self._was_long, False
         if verdict == ANSWERED and was_long:
             self._host.health.pace.renew()
+        # What was held up can be sent
+        self._host.submit([])
         if verdict == HOST:
             self._settle_host(held, outcome)
         elif verdict == ANSWERED:
@@ -156,10 +155,11 @@ class Failures:
             self._settle_files(held)
 
     def _settle_answered(self, held, answer):
-        """There were too many requests; the first one has been answered now"""
+        """The refusals were due to the rate: the first request has been answered now"""
         for request, response, refusal in held:
             self._host.health.pace.refused(request.sent, self._loop.time(), start=True)
             if request is held[0][0] and request.fd is None:
+                self.answered(request)
                 self._pool.finish(request, answer, None)
             else:
                 self._wait(request, refusal, response)
@@ -203,6 +203,7 @@ class Failures:
         request.refusals += 1
         attempts = LONE_ATTEMPTS if request.recovered == self._recovered and error else REFUSED_ATTEMPTS
         if request.cancelled or request.refusals >= attempts:
+            self._lowered.discard(request)
             self._pool.finish(request, response, error)
             return
         pause = min(PAUSE * 2 ** (request.refusals - 1), MAX_PAUSE)
@@ -215,7 +216,7 @@ class Failures:
             self._host.statistics.retries += 1
             self._host.put_back([request])
         else:
-            # In another order than before: every second request may be refused
+            # At the end of the queue: a server may refuse every second request
             self.again(request)
 
     def clear(self):
@@ -228,12 +229,13 @@ class Failures:
 
     def host_failed(self, error, started):
         """The host has failed to answer what began at started. If it is suspended now, all that waits fails."""
+        if self._host.health.suspended(None, self._loop.time()):
+            # By this error, and all that waited has failed
+            return
         suspended = self._host.health.failed(error, started, self._loop.time())
         if suspended:
             for connection in list(self._host.lanes.connections):
                 if not connection.in_answer:
                     connection.close()
-            held = [request for request, _, _ in self._host.doubt.held]
-            self._host.doubt.held.clear()
-            self._host.finish(held + self.clear(), suspended)
+            self._host.finish(self._host.doubt.clear() + self.clear(), suspended)
             self._host.fail(None, suspended)

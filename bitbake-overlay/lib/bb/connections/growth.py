@@ -5,13 +5,13 @@
 #
 
 """
-Whether more connections to a host than usual pay.
+Whether further connections to a host increase the rate.
 
 Used by host.py. A server that needs its time for each answer, or limits each
 connection, answers more requests over more connections; one that is limited by
-the network or its processor does not. So the number is doubled while there is
-much to be done and each connection is slow, and if less comes of that than
-expected it is taken back.
+the network or its processor does not. So the number is doubled while many
+requests wait and each connection is slow, and reduced again if the rate does
+not rise.
 
     growth = Growth(4, 16)
     limit = growth.look(now, size, depth, arrived, answers, waiting)
@@ -36,9 +36,9 @@ class Growth:
     def __init__(self, usual, most):
         self.limit = self._usual = usual
         self._most = most
-        # Time, bytes and answers when the window began; the rate before the number was doubled, None if it was not
+        # Time, bytes and answers when the window began; rate and number before that was doubled, None if it was not
         self._since = None
-        self._rate = None
+        self._rate = self._before = None
         self._depth = 0
         self._hold, self._not_before = HOLD, 0
 
@@ -59,23 +59,28 @@ class Growth:
             self._judge(now, rate)
         elif self.limit < self._most and now >= self._not_before and waiting > LONG * answer_rate and \
                 answer_rate < FAST_ANSWERS * size and rate < FAST_BYTES * size:
-            self._rate = rate
+            self._rate, self._before = rate, self.limit
             self.limit = min(2 * self.limit, self._most)
         return self.limit
 
     def _judge(self, now, rate):
-        before = max(self._usual, (self.limit + 1) // 2)
-        if rate < self._rate * (1 + GAIN * (self.limit / before - 1)):
-            self.limit = before
+        if rate < self._rate * (1 + GAIN * (self.limit / self._before - 1)):
+            self.limit = self._before
             self._not_before = now + self._hold
             self._hold *= 2
         self._rate = None
 
     def pause(self):
-        """There is not enough to be done now to measure a rate"""
+        """Too few requests wait to measure a rate"""
+        if self._rate is not None:
+            self.limit = self._before
         self._since = self._rate = None
 
     def end(self, limit=None):
-        """The host has refused something, or serves no more than limit connections at a time: it is not asked over more"""
-        self._usual = min(limit or self._usual, self._usual)
+        """
+        The host has refused something: it is not asked over more connections than usual any more; nor over more than limit,
+        but at least half as many as usual, if that is how many it serves at a time
+        """
+        self._usual = min(self._usual, max(limit or self._usual, self._usual // 2))
         self.limit = self._most = self._usual
+        self._rate = None

@@ -34,7 +34,7 @@ from bb.connections.pace import Pace
 PAUSE = 0.5
 MAX_PAUSE = 5
 # Seconds of failures until a host is suspended: one that refuses connections or whose name is unknown, over ssh (an
-# sshd that restarts is common, and sftp tries again and again, too); one that is silent, or refuses with words; one
+# sshd that restarts is common, and sftp tries again and again, too); one that is silent, or refuses with a status; one
 # that has answered before in this build, as it may be restarting, which takes up to a minute
 UNREACHABLE = 3
 UNREACHABLE_SSH = 20
@@ -43,7 +43,7 @@ AWAY = 65
 # Seconds for which a host or a route is suspended, and the longest if it asks for more
 SUSPENSION = 30
 MAX_SUSPENSION = 600
-# Answers after which one more connection is allowed than were; doubled by each refusal
+# Answers after which one more connection is allowed; doubled by each refusal
 RISE_AFTER = 32
 LATEST_RISE = 512
 # Requests in flight on one connection at most
@@ -177,7 +177,7 @@ class Health:
         return error
 
     def at_limit(self, connections, again=False):
-        """There can be no more connections than these for now; again: and this has not been tested since the last time"""
+        """Limit the connections for now. again: the limit has not been raised since the last call"""
         self.limit = max(1, connections)
         if not again:
             self._rise_after = min(2 * self._rise_after, LATEST_RISE)

@@ -5,7 +5,7 @@
 #
 
 """
-One host: the requests that wait for it, and what becomes of them.
+One host: its queued requests and its connections.
 
 Used by pool.py. Each event (requests, answers, the end of a connection, a
 timer) changes the state and schedules _dispatch(), which alone sends requests
@@ -34,6 +34,8 @@ from bb.connections.requestqueue import RequestQueues
 # Requests in flight on a connection to begin with, where a trial is needed and where not
 DEPTH = 8
 UNTRIED_DEPTH = 64
+# Requests a second above which a limit does not keep a trial from being answered
+TRIAL_PACE = 128
 
 
 class Host:
@@ -60,7 +62,7 @@ class Host:
         self._trial = None
         self.failures = Failures(self, pool)
         self.doubt = Doubt(pool, self.failures.settle)
-        # A login is refused more often than it pays
+        # Further logins are often refused, and rarely faster
         self.growth = Growth(pool.limit, pool.limit if kind.serial else pool.most)
         self.queues = RequestQueues()
         # {status that a HEAD was refused with: whether a GET is answered then}
@@ -85,7 +87,7 @@ class Host:
         self._schedule()
 
     def put_back(self, requests):
-        """Requests whose connection has failed are the next ones again"""
+        """Put requests of a failed connection at the front of the queue"""
         self.queues.put_back(requests)
         self._schedule()
 
@@ -105,7 +107,7 @@ class Host:
         """Fail all requests, and close all connections. Nothing is submitted any more."""
         requests = list(self.unanswered())
         self.queues.clear()
-        self.doubt.held.clear()
+        self.doubt.clear()
         self.failures.clear()
         self.lanes.close()
         self.finish(requests, Cancelled("the build has ended"))
@@ -130,12 +132,12 @@ class Host:
         self._scheduled = False
         self.lanes.close_excess()
         now = self._loop.time()
+        idle = not self.queues and not any(connection.in_flight for connection in self.lanes.connections)
+        self.doubt.proceed(idle, self.health.answers)
         if now < self.health.paused_until:
             self._wake_at(self.health.paused_until)
             return
         self._grow(now)
-        self.doubt.proceed(not self.queues and
-                            not any(connection.in_flight for connection in self.lanes.connections), self.health.answers)
         for connection in self.lanes.by_load():
             if not connection.retiring and self.queues.get(connection.route) and not self._is_tried(connection):
                 self.lanes.fill(connection, self.queues.get(connection.route))
@@ -172,16 +174,16 @@ class Host:
     # Connections
 
     def connected(self, route):
-        """Of Lanes"""
+        """Called by Lanes"""
         self.statistics.connections += 1
         self.health.connected(route)
         self._schedule()
 
     def not_connected(self, route, error, started):
-        """Of Lanes"""
+        """Called by Lanes"""
         self.statistics.refusals += isinstance(error, RefusedError)
         if self.lanes.of_route(route):
-            # There can be fewer of them than we want
+            # The server accepts fewer connections than we want
             self.health.at_limit(len(self.lanes.connections))
         elif isinstance(error, ConnectError) and not error.retryable:
             if not self.lanes.opening(route):
@@ -193,7 +195,7 @@ class Host:
     # Answers
 
     def answered(self, connection, answers):
-        """Of Connection"""
+        """Called by Connection"""
         if connection.served == len(answers):
             self.lanes.served(connection)
         if self._is_tried(connection):
@@ -208,7 +210,7 @@ class Host:
             # Over SFTP permission is denied for a file
             doubtful = response is not None and is_doubtful(response) and (self._kind.tried or response.status >= 500)
             if isinstance(error, RefusedError):
-                # In this order: whether others are answered tells who is refused
+                # In this order: answers between refusals matter
                 self._count(len(good) - counted)
                 counted = len(good)
                 self.failures.refuse(request, error)
@@ -273,7 +275,7 @@ class Host:
         elif error:
             self.failures.retry(request, error)
         else:
-            if request.alone and (response.length, response.validators) != (request.size, request.validators):
+            if request.alone and request.size is not None and (response.length, response.validators) != (request.size, request.validators):
                 self.pipelining.forgive()
             if request.fd is not None and response.status == 200:
                 self.statistics.files += 1
@@ -285,8 +287,9 @@ class Host:
 
     def _try_pipelining(self, connection, answer):
         queue = self.queues.get(connection.route)
-        if queue and not self._trial and not self.doubt.holds_up and not connection.retiring and self._loop.time() >= self.health.paused_until \
-                and self.health.pace.rate is None:
+        pace = self.health.pace.rate
+        if queue and not self._trial and not self.doubt.holds_up and not connection.retiring and \
+                self._loop.time() >= self.health.paused_until and (pace is None or pace > TRIAL_PACE):
             self._trial = self.pipelining.trial(connection, answer, queue, self.health.depth)
             if self._trial:
                 self.lanes.send(connection, self._trial.sent)
@@ -304,7 +307,7 @@ class Host:
         return answers
 
     def ended(self, connection, error):
-        """Of Connection. Requests without an answer are sent again; the first of them may be the reason."""
+        """Called by Connection. Requests without an answer are sent again; the first of them may be the reason."""
         if connection not in self.lanes.connections:
             # It is not open yet, or the host has stopped
             return
@@ -341,7 +344,7 @@ class Host:
         else:
             requests[0].alone = requests[0].alone or isinstance(error, Disagreement)
             if type(error) is ProtocolError and not self.health.answers and requests[0].attempts:
-                # It does not speak HTTP as we do: others may understand it
+                # Not HTTP as it is understood here: leave it to the fetcher
                 self.unsupported = {True: error, False: error}
                 self.fail(None, error)
             self.failures.retry(requests[0], error)

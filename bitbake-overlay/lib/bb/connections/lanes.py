@@ -47,7 +47,7 @@ class Lanes:
     connection of the class kind.
 
     connections     those that are open
-    arrived         bytes that have arrived on those that are not any more
+    arrived         bytes received on connections that are closed
     latency         seconds that the last HEAD took, or an estimate
     """
 
@@ -84,7 +84,7 @@ class Lanes:
             connection.close()
 
     def close_excess(self):
-        """Close idle connections that have to give way, and those beyond the limit"""
+        """Close connections that are retiring or exceed the limit, as soon as they are idle"""
         excess = self.size - self._host.health.limit
         for connection in sorted(self.connections, key=lambda one: (not one.retiring, len(one.in_flight))):
             if connection.retiring or excess > 0:
@@ -112,14 +112,16 @@ class Lanes:
             room = min(room, allowance)
         load = Load(connection.in_flight, self._kind.tried)
         taken = []
-        while room > 0 and queue and host.admits(queue.head) and (queue.head.cancelled or load.admits(queue.head, lambda: self._has_spare(connection))):
-            request = queue.pop()
+        slow = self._slow_ones() >= max(1, host.health.limit - 1)
+        while room > 0 and queue and host.admits(queue.head):
+            request = queue.head
+            if not request.cancelled:
+                if request.alone and slow or not load.admits(request, lambda: self._has_spare(connection)):
+                    break
+            queue.pop()
             if request.cancelled:
                 self._pool.finish(request, None, Cancelled("the answer is not needed any more"))
                 continue
-            if request.alone and self._slow_ones() >= max(1, host.health.limit - 1):
-                queue.add(request)
-                break
             load.add(request)
             taken.append(request)
             room -= 1
@@ -170,7 +172,7 @@ class Lanes:
         return max(SLOW if served else UNSERVED, usual)
 
     def served(self, connection):
-        """connection has brought its first answers: one which brings none now is not waited for as long as before"""
+        """connection has its first answers: shorten the time-out of those that have none yet"""
         for one in self.connections:
             if one.in_flight and not one.served and not one.in_answer and not self._kind.serial:
                 one.set_timeout(self._patience(one, one.in_flight[0]))
@@ -196,7 +198,8 @@ class Lanes:
     def _has_place(self, route):
         """Whether there may be a further connection. If not, one by another route may have to give way."""
         # A connection that waits for a slow answer counts only if there can be no other
-        if self.size < self._host.health.limit or self.size - self._slow_ones() < self._host.health.limit <= self.size < self._host.health.most:
+        health = self._host.health
+        if self.size < health.limit or self.size - self._slow_ones() < health.limit and self.size < health.most:
             if not self._pool.has_room() and not self.size and not self._pool.make_room():
                 self._host.fail(route, ConnectError("%s: there are connections to too many hosts" % self._host.origin.host, False))
             return self._pool.has_room()

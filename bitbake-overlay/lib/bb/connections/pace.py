@@ -22,13 +22,13 @@ soon.
 
 import statistics
 
-# Requests a second after the first refusal at most: halved a few times, it is at the limits that servers have
+# Requests a second after the first refusal; halving it a few times reaches common limits
 START = 64
 # Part of the rate that is kept if the host has answered as many requests a second as it was sent
 KEPT = 0.8
 # Growth of the rate by each answer: a tenth by 10 answers, so that one request in about 25 is refused by a limit
 GROWTH = 1.01
-# Answers without a refusal after which it grows twice as fast, and so on: more than there are between two refusals near a limit
+# Answers without a refusal after which the rate grows faster by GROWTH; more than there are between refusals near a limit
 CALM = 30
 # The lowest rate: what is refused even so is not refused because of it
 SLOWEST = 0.75
@@ -82,7 +82,7 @@ class Pace:
         return True
 
     def renew(self):
-        """Refusals may depend on the rate after all"""
+        """Use the rate again"""
         if self.is_useless:
             self.is_useless = False
             self._gaps.clear()

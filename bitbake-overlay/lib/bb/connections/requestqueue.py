@@ -41,14 +41,16 @@ class RequestQueue:
         return (self._probes or self._first or self._others or self._slow)[0]
 
     def add(self, request):
-        (self._probes if request.probe else self._slow if request.alone else self._deque(request)).append(request)
+        self._deque(request).append(request)
 
     def put_back(self, request):
         """A request that was taken before is the next one again"""
         self._deque(request).appendleft(request)
 
     def _deque(self, request):
-        return self._probes if request.probe else self._first if request.first else self._others
+        if request.probe:
+            return self._probes
+        return self._slow if request.alone else self._first if request.first else self._others
 
     def hurry(self, request):
         """Mark request as first, if it is in the queue"""
@@ -75,7 +77,7 @@ class RequestQueues:
         return sum(len(queue) for queue in self._queues.values())
 
     def items(self):
-        """(route, queue) of those which are not empty"""
+        """(route, queue) of each queue that is not empty; others are removed"""
         self._queues = {route: queue for route, queue in self._queues.items() if queue}
         return list(self._queues.items())
 
