@@ -45,6 +45,7 @@ class RealServer:
     program = CONFIG = None
     LOG = "access.log"
     arguments = ("%(work)s/conf",)
+    scheme = "http"
 
     def __init__(self, root=None, extra="", **values):
         self.path = shutil.which(self.program, path=os.environ.get("PATH", os.defpath) + SYSTEM_PATH)
@@ -61,7 +62,7 @@ class RealServer:
 
     @property
     def url(self):
-        return "http://127.0.0.1:%d" % self.port
+        return "%s://127.0.0.1:%d" % (self.scheme, self.port)
 
     def __enter__(self):
         try:
@@ -119,7 +120,7 @@ class RealServer:
 
 
 class Apache(RealServer):
-    """mpm is one of event, worker and prefork"""
+    """mpm is one of event, worker and prefork; with certificates it serves https"""
     program = "apache2"
     arguments = ("-d", "%(work)s", "-f", "%(work)s/conf", "-D", "FOREGROUND")
     CONFIG = """
@@ -139,7 +140,18 @@ DocumentRoot "%(root)s"
 %(extra)s
 """
 
-    def __init__(self, root, extra="", mpm="event"):
+    TLS = """
+LoadModule ssl_module %s/mod_ssl.so
+LoadModule socache_shmcb_module %s/mod_socache_shmcb.so
+SSLEngine on
+SSLCertificateFile %s
+SSLCertificateKeyFile %s
+"""
+
+    def __init__(self, root, extra="", mpm="event", certificates=None):
+        self.scheme = "https" if certificates else "http"
+        if certificates:
+            extra += self.TLS % (APACHE_MODULES, APACHE_MODULES, certificates.server_file, certificates.key_file)
         super().__init__(root, extra, mpm=mpm, modules=APACHE_MODULES)
 
 

@@ -100,6 +100,16 @@ def test_apache(files, make_asking, mpm):
         assert (asking.count("refusals"), asking.count("files")) == (0, PRESENT)
 
 
+@pytest.mark.parametrize("limit, connections", [(0, 8), (20, REQUESTS / 20 * 1.5)])
+def test_apache_with_tls(files, make_asking, certificates, trusting, limit, connections):
+    """It closes a connection after so many requests, 0 for never"""
+    extra = "KeepAlive On\nMaxKeepAliveRequests %d\n" % limit
+    with Apache(files.folder, extra, "prefork", certificates) as server:
+        asking = restore(make_asking, server.url, files, trusting)
+        assert server.connections(REQUESTS) <= connections
+        assert (asking.count("refusals"), asking.count("files")) == (0, PRESENT)
+
+
 def test_apache_without_questions(files, make_asking):
     """GETs of files of which nothing is known"""
     with Apache(files.folder, KEEP_ALIVE) as server:
