@@ -59,6 +59,8 @@ def add_options(parser):
     parser.add_argument("--protocol", choices=PROTOCOLS, action="append", metavar="P",
                         help="only this: %s" % " or ".join(PROTOCOLS))
     parser.add_argument("--way", choices=WAYS, action="append", metavar="W", help="only this: %s" % ", ".join(WAYS))
+    parser.add_argument("--prefetch", type=int, default=64, metavar="N",
+                        help="BB_SETSCENE_PREFETCH; with 0 all files are fetched by tasks (default: %(default)s)")
     parser.add_argument("--objects", type=positive, default=60, metavar="N", help="objects of a build (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=8, metavar="N", help="BB_NUMBER_THREADS (default: %(default)s)")
     add_json(parser)
@@ -104,7 +106,8 @@ class Range:
         served = BuildMirror(mirror.url_behind(link.port))
         served.tools = self.tools
         self.build = stack.enter_context(Build(work / protocol, patched_tree(), objects=options.objects, mirror=served,
-                                               threads=options.threads))
+                                               threads=options.threads,
+                                               extra_conf='BB_SETSCENE_PREFETCH = "%d"' % options.prefetch))
         progress = Progress(sys.stderr)
         progress.step("%s, not hit" % protocol)
         # The first one parses
