@@ -57,7 +57,7 @@ PROGRESS = 0.2
 # at once: some servers mix up answers, which is not noticed if both of them are 404
 SAMPLE = 64
 # Queries for fewer files are not checked
-CHECKED_FROM = 8
+CHECKED_FROM = 32
 
 # Seconds without any answer after which the query fails; a silent mirror is suspended much earlier
 DEADLINE = 900

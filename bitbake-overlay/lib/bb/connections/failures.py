@@ -159,6 +159,7 @@ class Failures:
         for request, response, refusal in held:
             self._host.health.pace.refused(request.sent, self._loop.time(), start=True)
             if request is held[0][0] and request.fd is None:
+                self._host.statistics.retries += 1
                 self.answered(request)
                 self._pool.finish(request, answer, None)
             else:

@@ -41,16 +41,14 @@ class RequestQueue:
         return (self._probes or self._first or self._others or self._slow)[0]
 
     def add(self, request):
-        self._deque(request).append(request)
+        (self._slow if request.alone else self._deque(request)).append(request)
 
     def put_back(self, request):
-        """A request that was taken before is the next one again"""
+        """A request that was taken before is the next one again, also one that is to be sent alone"""
         self._deque(request).appendleft(request)
 
     def _deque(self, request):
-        if request.probe:
-            return self._probes
-        return self._slow if request.alone else self._first if request.first else self._others
+        return self._probes if request.probe else self._first if request.first else self._others
 
     def hurry(self, request):
         """Mark request as first, if it is in the queue"""
