@@ -17,6 +17,7 @@ A ratio is the median of those of the turns. Its interval is that of the sign
 test.
 """
 
+import functools
 import os
 import shutil
 import statistics
@@ -26,10 +27,10 @@ from pathlib import Path
 from netqueue import Problem, cpuseconds
 from netqueue.benchfiles import add_json, add_work, put_away, settings, work_folder, write_json
 from netqueue.oecore import OEBuild, clones, sources_of_environment
-from netqueue.presencebench import positive
+from netqueue.overheadbench import add_turns, take_turns
 from netqueue.report import Progress
 from netqueue.trees import checkout
-from netqueue.turns import ratio, rotated
+from netqueue.turns import ratio
 
 STOCK, PATCHED = "stock", "patched"
 VARIANTS = (STOCK, PATCHED)
@@ -42,12 +43,7 @@ SECONDS = 3600
 
 
 def add_options(parser):
-    parser.add_argument("--objects", type=positive, default=300, metavar="N",
-                        help="recipes, each with one object (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=8, metavar="N",
-                        help="BB_NUMBER_THREADS (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=5, metavar="N",
-                        help="turns; less than 6 cannot be sure to 95 %% (default: %(default)s)")
+    add_turns(parser, objects=300, repeat=5)
     parser.add_argument("--part", choices=PARTS, action="append", metavar="P",
                         help="only this: %s; may be given more than once" % ", ".join(PARTS))
     parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
@@ -102,14 +98,9 @@ class Bench:
         builds = {variant: self.new_build(variant) for variant in VARIANTS}
         for part in self.options.part or PARTS:
             runs = {variant: [] for variant in VARIANTS}
-            for turn in range(-1, self.options.repeat):
-                self.progress.step("%s, %s" % (part, "turn %d of %d" % (turn + 1, self.options.repeat) if turn >= 0 else
-                                               "once before"))
-                for variant in rotated(VARIANTS, turn):
-                    figures = self.build(part, variant, builds[variant])
-                    if turn >= 0:
-                        runs[variant].append(figures)
-                self.progress.done()
+            turns = take_turns(self.progress, part, self.options.repeat, VARIANTS, functools.partial(self.build, part, builds))
+            for variant, figures in turns:
+                runs[variant].append(figures)
             rows[part] = {variant: summarise(runs[variant], runs[STOCK]) for variant in VARIANTS}
         return rows
 
@@ -129,8 +120,9 @@ class Bench:
         shutil.copytree(self.work / "objects", build.sstate)
         return build
 
-    def build(self, part, variant, build):
+    def build(self, part, builds, variant):
         """One run of a part. Returns figures."""
+        build = builds[variant]
         if part == "install":
             put_away(build.tmp, self.work)
             arguments = ["--setscene-only", build.target]

@@ -41,18 +41,37 @@ SECONDS = 1800
 
 
 def add_options(parser):
-    parser.add_argument("--objects", type=positive, default=100, metavar="N",
-                        help="recipes, each with one object (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=8, metavar="N",
-                        help="BB_NUMBER_THREADS (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=9, metavar="N",
-                        help="turns; less than 6 cannot be sure to 95 %% (default: %(default)s)")
+    add_turns(parser, objects=100, repeat=9)
     parser.add_argument("--part", choices=PARTS, action="append", metavar="P",
                         help='only this: "%s"; may be given more than once' % '" or "'.join(PARTS))
     parser.add_argument("--stock", metavar="TREE", help="a checkout to use as stock bitbake")
     parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
     add_json(parser)
     add_work(parser)
+
+
+def add_turns(parser, objects, repeat):
+    """The options of builds that take turns, with these defaults; also of installbench.py"""
+    parser.add_argument("--objects", type=positive, default=objects, metavar="N",
+                        help="recipes, each with one object (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=8, metavar="N",
+                        help="BB_NUMBER_THREADS (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=repeat, metavar="N",
+                        help="turns; less than 6 cannot be sure to 95 %% (default: %(default)s)")
+
+
+def take_turns(progress, part, repeat, places, build):
+    """
+    Generator of (place, what build(place) returns) of so many turns, each begun by another one of places. One more turn
+    before is not counted. Also of installbench.py.
+    """
+    for turn in range(-1, repeat):
+        progress.step("%s, %s" % (part, "turn %d of %d" % (turn + 1, repeat) if turn >= 0 else "once before"))
+        for place in rotated(places, turn):
+            figures = build(place)
+            if turn >= 0:
+                yield place, figures
+        progress.done()
 
 
 def run(options):
@@ -106,14 +125,8 @@ class Bench:
             if part == "all local":
                 mirror = stack.enter_context(open_mirror("http", self.fill(), self.work / "mirror-home", None, log=True))
             places = [stack.enter_context(self.place(part, variant, mirror)) for variant in VARIANTS]
-            for turn in range(-1, self.options.repeat):
-                self.progress.step("%s, %s" % (part, "turn %d of %d" % (turn + 1, self.options.repeat) if turn >= 0 else
-                                               "once before"))
-                for place in rotated(places, turn):
-                    figures = self.build(place)
-                    if turn >= 0:
-                        runs[place.variant].append(figures)
-                self.progress.done()
+            for place, figures in take_turns(self.progress, part, self.options.repeat, places, self.build):
+                runs[place.variant].append(figures)
         return {variant: summarise(runs[variant], runs[STOCK]) for variant in VARIANTS}
 
     @contextlib.contextmanager
