@@ -199,9 +199,8 @@ class Query:
 
     def _check_absent(self):
         """Ask again for some of the files that are absent; if one of them is there now, for all of that mirror"""
-        absent, self._absent = self._absent, collections.defaultdict(list)
         self._checking = True
-        for host, all_absent in absent.items():
+        for host, all_absent in self._absent.items():
             if len(all_absent) >= CHECKED_FROM and self._server.pool.has_pipelined(host.origin):
                 sample = random.sample(all_absent, min(SAMPLE, len(all_absent)))
                 if self._recheck(host, sample):

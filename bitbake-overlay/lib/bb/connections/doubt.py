@@ -134,7 +134,7 @@ class Doubt:
         self._probing = True
         # By a GET of the first byte if HEAD is refused, or if it is a GET that is in doubt
         probe = Request(request.method, request.url, request.environment, request.verify, request.authorization)
-        probe.first = probe.probe = True
+        probe.probe = True
         probe.done = done
         self._pool.submit([probe])
 

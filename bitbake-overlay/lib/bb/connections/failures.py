@@ -54,7 +54,7 @@ class Failures:
         # How many requests have been answered after they were refused
         self._recovered = 0
 
-    def retry(self, request, error, attempts=ATTEMPTS):
+    def retry(self, request, error):
         """An attempt has failed in a way that says nothing about the host"""
         request.attempts += 1
         if isinstance(error, StatusError) and error.status == 200 and request.fd is not None and not self._host.unsupported:
@@ -63,7 +63,7 @@ class Failures:
             self._host.submit(self._host.queues.clear())
         if request.cancelled:
             error = Cancelled("the answer is not needed any more")
-        elif error.retryable and request.attempts < attempts and \
+        elif error.retryable and request.attempts < ATTEMPTS and \
                 not self._host.health.suspended(request.route, self._loop.time()):
             self._host.statistics.retries += 1
             self._host.put_back([request])

@@ -42,7 +42,7 @@ UNLIMITED = 10000
 
 
 class Pace:
-    """rate is in requests a second, None without a limit; is_useless tells that refusals do not depend on it"""
+    """rate is in requests a second, None without a limit; is_useless: refusals do not depend on it"""
 
     def __init__(self):
         self.rate = None
