@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from netqueue import ROOT
-from netqueue.checkout import bitbake_version, oecore_version
+from netqueue.series.checkout import bitbake_version, oecore_version
 
 
 def checkout_from(variable, is_there, what):
@@ -50,5 +50,5 @@ def poky_checkout():
 @pytest.fixture(scope="session")
 def wheel():
     """bitbake's package of the base master, downloaded once for all workers and runs."""
-    from netqueue.trees import download, pinned_package
+    from netqueue.lab.trees import download, pinned_package
     return download(pinned_package("master"), ROOT / "build" / "cache")

@@ -2,9 +2,14 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What the scripts and the tests of bitbake-netqueue share.
 
-trees.py makes runnable bitbake trees, layer.py build directories for them,
-mirror.py serves sstate objects and counts, environment.py gets what a fresh
-machine lacks, series.py knows the patches. None of it becomes part of bitbake.
+    series/     the patches: reading, applying and exporting them
+    lab/        trees, build directories and mirrors on one machine
+    demo/       scripts/demo
+    bench/      scripts/bench, one module for each benchmark
+    fuzz/       mutated input for the parsers of the shared connections
+
+Beside them: command.py for the command lines, environment.py for what a fresh
+machine lacks, progress.py. None of it becomes part of bitbake.
 """
 
 from pathlib import Path

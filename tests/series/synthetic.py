@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from netqueue import ROOT
-from netqueue.export import export_tree, write
-from netqueue.git import git
+from netqueue.series.export import export_tree, write
+from netqueue.series.git import git
 
 VERSION = "2.19.0"
 NAMES = "wrynose blacksail"

@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 
-from netqueue import Problem, checkout
-from netqueue.export import export_tree, first_difference
-from netqueue.git import git
-from netqueue.series import change_files, load_series
+from netqueue import Problem
+from netqueue.series import checkout
+from netqueue.series.export import export_tree, first_difference
+from netqueue.series.git import git
+from netqueue.series.patches import change_files, load_series
 from series.synthetic import change_line, commit, files, oecore_files, put, run, state
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from netqueue import ROOT
-from netqueue.export import DATE, check_message, slug
-from netqueue.git import EMAIL, NAME
-from netqueue.series import PARTS, Patch, change_files, load_bases, load_series, patch_files
+from netqueue.series.export import DATE, check_message, slug
+from netqueue.series.git import EMAIL, NAME
+from netqueue.series.patches import PARTS, Patch, change_files, load_bases, load_series, patch_files
 from series.synthetic import files
 
 BASES = load_bases()

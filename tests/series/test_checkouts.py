@@ -8,10 +8,10 @@ The user's checkouts are cloned at the pinned commit and not written to.
 import pytest
 
 from netqueue import ROOT
-from netqueue.checkout import bitbake_version, oecore_version
-from netqueue.git import git
-from netqueue.oecore import clone
-from netqueue.series import load_bases, patch_files
+from netqueue.lab.oecore import clone
+from netqueue.series.checkout import bitbake_version, oecore_version
+from netqueue.series.git import git
+from netqueue.series.patches import load_bases, patch_files
 from series.synthetic import run, state
 
 pytestmark = pytest.mark.checkout

@@ -5,9 +5,9 @@
 import pytest
 
 from netqueue import Problem
-from netqueue.export import check_message, export_series, slug
-from netqueue.git import git
-from netqueue.series import change_files, load_series, parse_patch
+from netqueue.series.export import check_message, export_series, slug
+from netqueue.series.git import git
+from netqueue.series.patches import change_files, load_series, parse_patch
 from series.synthetic import bitbake_series, change_line, commit, files, put, run
 
 FIRST = "patches/master/bitbake/0001-connections-add-a-pool.patch"

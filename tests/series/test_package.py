@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from netqueue import ROOT
-from netqueue.export import export_overlay, export_series
-from netqueue.git import git
-from netqueue.series import PLAIN, apply_to_plain_tree, is_below, load_series, parse_patch
-from netqueue.trees import LAUNCHERS
+from netqueue.lab.trees import LAUNCHERS
+from netqueue.series.export import export_overlay, export_series
+from netqueue.series.git import git
+from netqueue.series.patches import PLAIN, apply_to_plain_tree, is_below, load_series, parse_patch
 from series.synthetic import commit, files
 
 PATCHES = load_series("master", "bitbake")

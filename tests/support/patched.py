@@ -22,7 +22,7 @@ def use():
         sys.path.insert(0, str(ROOT / "scripts"))
     lib = os.environ.get("NETQUEUE_PATCHED_LIB")
     if not lib:
-        from netqueue.trees import shared_tree
+        from netqueue.lab.trees import shared_tree
         lib = shared_tree(patched=True).path / "lib"
     if str(lib) not in sys.path:
         sys.path.insert(0, str(lib))

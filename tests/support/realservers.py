@@ -23,8 +23,8 @@ from pathlib import Path
 
 import pytest
 
-from netqueue import sshd
-from netqueue.mirror import PORT_ATTEMPTS, _die_with_parent, _free_port, end
+from netqueue.lab import sshd
+from netqueue.lab.mirror import PORT_ATTEMPTS, _die_with_parent, _free_port, end
 from support.asking import wait_until
 
 SYSTEM_PATH = ":/usr/sbin:/usr/local/sbin:/sbin"

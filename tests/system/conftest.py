@@ -15,11 +15,11 @@ import time
 
 import pytest
 
-from netqueue import sshd
-from netqueue.certificates import make_certificates
-from netqueue.layer import Build
-from netqueue.mirror import find_nginx, serve
-from netqueue.trees import shared_tree
+from netqueue.lab import sshd
+from netqueue.lab.build import Build
+from netqueue.lab.certificates import make_certificates
+from netqueue.lab.mirror import find_nginx, serve
+from netqueue.lab.trees import shared_tree
 from system.observe import SECOND, outcome, restore
 from system.peer import FaultyMirror
 

@@ -15,7 +15,7 @@ import stat
 import threading
 import urllib.parse
 
-from netqueue.sshd import Sshd
+from netqueue.lab.sshd import Sshd
 
 # A multiconfig whose objects have other names
 SECOND = {"second": 'PR = "r1"\n'}

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from netqueue.sshd import Sshd
+from netqueue.lab.sshd import Sshd
 from system.conftest import FEW, OFF
 from system.observe import (SECONDS, add_class, damaged, names, outcome, problems, restore, server_log,
                             server_pid, summary, unfinished, wait_until)

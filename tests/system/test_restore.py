@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from netqueue.certificates import make_certificates, trust
+from netqueue.lab.certificates import make_certificates, trust
 from system.conftest import FEW, MANY
 from system.observe import SECOND, names, problems, restore, snapshot, summary
 

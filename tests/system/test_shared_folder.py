@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from netqueue.layer import Build
+from netqueue.lab.build import Build
 from system.conftest import MANY
 from system.observe import SECONDS, damaged, problems, unfinished
 from system.peer import is_archive

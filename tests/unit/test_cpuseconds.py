@@ -5,7 +5,7 @@
 import subprocess
 import sys
 
-from netqueue import cpuseconds
+from netqueue.bench.frame import cpuseconds
 
 LEAST = 0.1
 WORK = "import time\nwhile time.process_time() < %s: pass\n" % (2 * LEAST)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from netqueue.delay import WINDOW, delayed
+from netqueue.lab.delay import WINDOW, delayed
 from support.asking import wait_until
 
 SECONDS = 15    # only bounds a test that fails

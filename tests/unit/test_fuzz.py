@@ -4,7 +4,7 @@
 
 import pytest
 
-from netqueue import fuzz
+from netqueue.fuzz import runner as fuzz
 
 
 @pytest.mark.parametrize("parser, inputs", [("http", 4000), ("plain", 1000), ("sftp", 4000), ("socket", 11000)])

@@ -21,7 +21,7 @@ import bb.data
 import pytest
 
 from bb.sharedconnections import SharedConnections
-from netqueue.certificates import make_certificates
+from netqueue.lab.certificates import make_certificates
 from support.asking import Asking
 from support.build import Build
 from wire.peers import Peer

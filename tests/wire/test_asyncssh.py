@@ -12,7 +12,7 @@ import pytest
 asyncssh = pytest.importorskip("asyncssh", reason="no asyncssh")
 
 from bb.connections import Disconnected, ProtocolError
-from netqueue import sshd
+from netqueue.lab import sshd
 from support.asking import SECONDS, wait_until
 
 FILES = 100

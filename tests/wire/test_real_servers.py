@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from netqueue import mirror
+from netqueue.lab import mirror
 from support.asking import wait_until
 from support.realservers import Apache, Haproxy, Lighttpd, Proftpd, Squid, Tinyproxy
 

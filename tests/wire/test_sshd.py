@@ -16,7 +16,7 @@ import pytest
 
 from bb.connections import Cancelled, ConnectError, sftp
 from bb.connections.request import Request
-from netqueue import sshd
+from netqueue.lab import sshd
 from support.asking import Asked, wait_until
 
 FILES = 400

@@ -1,0 +1,443 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""How long it takes to restore all objects of a build: `scripts/bench build`.
+
+Each cell is a mirror on loopback behind delay.py. Its name tells the protocol,
+the round trip time, whether the bandwidth has a cap, and whether all objects
+are small:
+
+    http-20ms  https-20ms  sftp-20ms  http-0ms  http-20ms-cap  sftp-20ms-small
+
+are the default; any other of that form can be had by --cell. In each the same
+objects are restored, from the same server, in turns by
+
+    stock                   stock bitbake
+    without prefetch        patched bitbake with BB_SETSCENE_PREFETCH = "0"
+    patched                 patched bitbake
+    TOOL, then stock        a script that downloads the same files, then stock bitbake with all of them local
+
+and beside these the parts of the last one alone: the download by each tool
+(curl; sftp and, if it is installed, lftp), and the build with everything local,
+for both trees. Recipes are parsed before. The median counts.
+
+The mirror and the proxy run on the processors that the build runs on, which a
+mirror elsewhere would not, and they have nothing to do where all is local. So
+the CPU seconds of each are told as well: of the build (or the download) with
+all of its processes, what bitbake's server alone has of them, of the mirror
+and of the proxy. "machine" is what these CPU seconds would take if all
+processors were busy with nothing else: below it no build can be. "others" are
+CPU seconds of whatever else ran meanwhile: with many, do not trust the rest.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+
+from netqueue import Problem
+from netqueue.bench.frame import cpuseconds
+from netqueue.bench.frame.picture import draw
+from netqueue.bench.frame.workfolder import add_json, add_work, put_away, settings, work_folder, write_json
+from netqueue.bench.presence import enter_venv, open_mirror, patched_tree, positive
+from netqueue.lab import sshd
+from netqueue.lab.build import Build, BuildMirror
+from netqueue.lab.certificates import make_certificates
+from netqueue.lab.delay import delayed
+from netqueue.lab.oecore import OEBuild, TargetBuild, clones, sources_of_environment
+from netqueue.lab.trees import shared_tree
+from netqueue.progress import Progress
+
+DEFAULT = ("http-20ms", "https-20ms", "sftp-20ms", "http-0ms", "http-20ms-cap", "sftp-20ms-small")
+MATRIX = tuple("%s-%dms%s%s" % (protocol, delay, cap, small) for protocol in ("http", "https", "sftp")
+               for delay in (0, 20) for cap in ("", "-cap") for small in ("", "-small"))
+SECONDS = 3600
+PARSES = 5
+CONNECTIONS = 4
+MIB = 1024 * 1024
+STOCK, OFF, PATCHED = "stock", "without prefetch", "patched"
+LOCAL = {STOCK: "all local, stock", PATCHED: "all local, patched"}
+PREFETCH_OFF = 'BB_SETSCENE_PREFETCH = "0"'
+
+
+@dataclasses.dataclass
+class Cell:
+    name: str
+    protocol: str
+    delay: int          # milliseconds
+    rate: float         # MiB a second, or None
+    small: bool
+    objects: int
+
+    @property
+    def once(self):
+        """Whether what takes many minutes is run once"""
+        return self.small
+
+
+def add_options(parser):
+    parser.add_argument("--cell", action="append", metavar="NAME", help="only this; may be given more than once")
+    parser.add_argument("--matrix", action="store_true", help="all %d cells: %s" % (len(MATRIX), "protocol, 0 and 20 ms, "
+                        "with and without a cap, objects of mixed size and small ones"))
+    parser.add_argument("--objects", type=positive, default=300, metavar="N",
+                        help="objects of a cell, of mixed size (default: %(default)s)")
+    parser.add_argument("--small-objects", type=positive, default=2000, metavar="N",
+                        help="objects of a cell with small ones, where stock runs once (default: %(default)s)")
+    parser.add_argument("--rate", type=positive, default=8, metavar="MIB",
+                        help="the cap, in MiB a second (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=8, metavar="N",
+                        help="BB_NUMBER_THREADS (default: %(default)s)")
+    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each, but one of sftp(1), which takes "
+                        "minutes; the median counts (default: %(default)s)")
+    parser.add_argument("--real-classes", action="store_true", help="builds with openembedded-core's classes, on clones of "
+                        "the checkouts that BITBAKEDIR and OECOREDIR name")
+    parser.add_argument("--target", metavar="NAME", help="with --real-classes: restores all that this target of "
+                        "openembedded-core needs, from made-up objects")
+    add_json(parser)
+    add_work(parser)
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw stock beside patched into FILE")
+
+
+def run(options):
+    if options.target and not options.real_classes:
+        raise Problem("--target is for --real-classes")
+    cells = [parse(name, options) for name in (MATRIX if options.matrix else options.cell or DEFAULT)]
+    if options.target:
+        cells = [cell for cell in cells if not cell.small]
+        if not cells:
+            raise Problem("--target: its objects are not small ones")
+    enter_venv()
+    done, problems = [], []
+    with work_folder("build-", options.work) as work:
+        bench = Bench(options, work)
+        for cell in cells:
+            try:
+                done.append(bench.measure(cell))
+                print(table(options, done[-1]), flush=True)
+            except Problem as problem:
+                # What was measured before took minutes
+                problems.append("%s: %s" % (cell.name, problem))
+    write_json(options, report(options, done))
+    if options.svg and done:
+        options.svg.write_text(draw(done, (STOCK, PATCHED)))
+    if problems:
+        raise Problem("; ".join(problems))
+    return 0
+
+
+def parse(name, options):
+    match = re.fullmatch(r"(https?|sftp)-(\d{1,4})ms(-cap)?(-small)?", name)
+    if not match:
+        raise Problem("%s is not the name of a cell, such as %s" % (name, DEFAULT[-2]))
+    protocol, delay, cap, small = match.groups()
+    if protocol == "sftp" and sshd.missing():
+        raise Problem("%s: %s is not installed" % (name, sshd.missing()))
+    return Cell(name, protocol, int(delay), options.rate if cap else None, bool(small),
+                options.small_objects if small else options.objects)
+
+
+def report(options, done):
+    machine = {"cpus": os.cpu_count(), "kernel": os.uname().release, "machine": os.uname().machine,
+               "python": sys.version.split()[0]}
+    return {"options": settings(options), "machine": machine, "cells": done}
+
+
+class Bench:
+    """The measurements of a run. work: a folder that is removed afterwards."""
+
+    def __init__(self, options, work):
+        self.options = options
+        self.work = work
+        if options.real_classes:
+            sources = sources_of_environment()
+            self.trees = {name: clones(work / ("tree-" + name), sources, name == PATCHED) for name in (STOCK, PATCHED)}
+        else:
+            self.trees = {STOCK: shared_tree(patched=False), PATCHED: patched_tree()}
+        self.progress = Progress(sys.stderr)
+        self.certificates = make_certificates(work / "tls")
+        self.filled = {}
+
+    def measure(self, cell):
+        """The row of a cell: what it is, and {variant: figures}."""
+        files = self.fill(cell)
+        if self.options.target:
+            cell = dataclasses.replace(cell, objects=len(listing(files)) // 2)
+        size = sum(path.stat().st_size for path in files.rglob("sstate:*"))
+        row = {"cell": cell.name, "objects": cell.objects, "mib": round(size / MIB, 1), "variants": {}}
+        runs, link = {}, None
+        with contextlib.ExitStack() as stack:
+            mirror = stack.enter_context(open_mirror(cell.protocol, files, self.work / "home" / cell.protocol,
+                                                     self.certificates, log=True))
+            url = mirror.served.url
+            if cell.delay or cell.rate:
+                rate = cell.rate * MIB if cell.rate else None
+                link = stack.enter_context(delayed(mirror.served.port, cell.delay / 1000, rate))
+                url = mirror.url_behind(link.port)
+            place = Place(cell, mirror, link, url, files, self.work / cell.name)
+            row["software"] = mirror.served.software
+            for turn in range(self.options.repeat):
+                for variant, figures in self.turn(place, turn):
+                    runs.setdefault(variant, []).append(figures)
+        put_away(place.folder, self.work)
+        for variant, results in runs.items():
+            row["variants"][variant] = dict(
+                {name: round(statistics.median(result[name] for result in results), 2) for name in results[0]}, runs=results)
+        return row
+
+    def turn(self, place, turn):
+        """Yield (variant, figures) of one run of each."""
+        patient = turn == 0 or not place.cell.once
+        if patient:
+            yield STOCK, self.build(place, STOCK, STOCK)
+        yield OFF, self.build(place, OFF, PATCHED, PREFETCH_OFF)
+        yield PATCHED, self.build(place, PATCHED, PATCHED)
+        for tool, download in tools(place.cell.protocol):
+            # That takes minutes
+            if tool != "sftp" or turn == 0:
+                yield from self.script(place, tool, download)
+        for tree, variant in LOCAL.items():
+            yield variant, self.build(place, tree, tree, local=place.files)
+
+    def script(self, place, tool, download):
+        """A download, then stock with what it gave"""
+        folder = place.folder / "downloaded"
+        self.progress.step("%s: the download by %s" % (place.cell.name, tool))
+        count, started = Count(place), time.monotonic()
+        download(place, folder)
+        seconds = time.monotonic() - started
+        count.stop()
+        self.progress.done()
+        if listing(folder) != listing(place.files):
+            raise Problem("%s has not downloaded everything" % tool)
+        figures = count.figures(seconds, lost=0)
+        yield tool, figures
+        then = self.build(place, STOCK, STOCK, local=folder)
+        yield "%s, then stock" % tool, {name: figures[name] + then[name] for name in figures}
+        put_away(folder, self.work)
+
+    def build(self, place, name, tree, conf="", local=None):
+        """Restore everything. local: a folder with what SSTATE_DIR has before. Returns figures."""
+        cell = place.cell
+        build = place.builds.get(name)
+        self.progress.step("%s: %s%s" % (cell.name, name, ", everything local" if local else ""))
+        if build is None:
+            build = place.builds[name] = self.make_build(place, name, tree, conf)
+            self.parse(build)
+        for folder in (build.tmp, build.sstate):
+            put_away(folder, self.work)
+        if local:
+            shutil.copytree(local, build.sstate)
+        with build:
+            count = Count(place)
+            result = build.run(["--setscene-only", build.target], timeout=SECONDS, progress=self.progress.follow)
+            count.stop()
+            cpu, server = cpuseconds.of_rested_build(build)
+        self.progress.done()
+        lost = cell.objects - len(build.restored())
+        if tree == PATCHED and (result.returncode or lost):
+            raise Problem("%s: bitbake ended with %d, %d objects were lost" % (name, result.returncode, lost))
+        return count.figures(result.seconds, lost, cpu, server)
+
+    def parse(self, build):
+        """Until nothing is left to be parsed: with openembedded-core's classes the second run does so again."""
+        for _ in range(PARSES):
+            with build:
+                result = build.run(["--parse-only"], timeout=SECONDS, progress=self.progress.follow)
+            if result.returncode:
+                raise Problem("bitbake --parse-only ended with %d" % result.returncode)
+            if "\nParsing of " not in result.output:
+                return
+        raise Problem("recipes are parsed in each run")
+
+    def make_build(self, place, name, tree, conf):
+        build = self.new_build(place.folder / name.replace(" ", "-"), tree, place.cell, self.options.threads, conf,
+                               BuildMirror(place.url))
+        variables = dict(place.mirror.variables)
+        if "PATH" in variables:
+            variables["PATH"] = "%s:%s" % (place.mirror.served.tools, build.environment["PATH"])
+        build.environment.update(variables, HOME=str(build.home))
+        wgetrc = self.work / "home" / place.cell.protocol / ".wgetrc"
+        if wgetrc.exists():
+            shutil.copy(wgetrc, build.home)
+        return build
+
+    def fill(self, cell):
+        """Make every object once. Returns the folder that a mirror serves."""
+        key = "%d-%s" % (cell.objects, "small" if cell.small else "mixed")
+        if key not in self.filled:
+            self.progress.step("filling a mirror with %s" % (self.options.target or "%d objects" % cell.objects))
+            with self.new_build(self.work / ("fill-" + key), STOCK, cell, os.cpu_count() or 2) as build:
+                if self.options.target:
+                    build.make_objects(self.progress.follow)
+                else:
+                    result = build.run([build.target], timeout=SECONDS, progress=self.progress.follow)
+                    if result.returncode or len(build.archives()) != cell.objects:
+                        raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
+                for path in build.sstate.rglob("*.siginfo"):
+                    # Of a task that has no object: nobody fetches it
+                    if not path.with_suffix("").exists():
+                        path.unlink()
+                self.filled[key] = self.work / key
+                build.sstate.rename(self.filled[key])
+            self.progress.done()
+        return self.filled[key]
+
+    def new_build(self, folder, tree, cell, threads, conf="", mirror=None):
+        tree = self.trees[tree]
+        options = {"threads": threads, "extra_conf": conf, "mirror": mirror, "environment": cpuseconds.RESIDENT}
+        if self.options.target:
+            return TargetBuild(folder, tree, self.options.target, **options)
+        build = (OEBuild if tree.oecore else Build)(folder, tree, objects=cell.objects, **options)
+        if cell.small:
+            build.sizes = {name: 1024 + 7 * number % 4096 for number, name in enumerate(build.sizes)}
+            build.write()
+        return build
+
+
+@dataclasses.dataclass
+class Place:
+    """A cell that is being measured. builds: {name: Build}."""
+    cell: Cell
+    mirror: object      # of presence.py
+    link: object        # of delay.py, or None
+    url: str            # of the link
+    files: Path         # what the mirror serves
+    folder: Path
+    builds: dict = dataclasses.field(default_factory=dict)
+
+
+class Count:
+    """What happens from now on, until stop(), of a run at place."""
+
+    def __init__(self, place):
+        self.place = place
+        place.mirror.served.reset()
+        self.serving = self.serving_seconds()
+        self.machine, self.client = cpuseconds.of_machine(), cpuseconds.of_children()
+
+    def serving_seconds(self):
+        """CPU seconds of the mirror and of the proxy, since they were started"""
+        link = self.place.link
+        return cpuseconds.of_server(self.place.mirror.served.process.pid), cpuseconds.of_server(link.pid) if link else 0
+
+    def stop(self):
+        self.machine, self.client = cpuseconds.of_machine() - self.machine, cpuseconds.of_children() - self.client
+
+    def figures(self, seconds, lost, cpu=0, server=0):
+        """cpu: of a build, the CPU seconds beside those of its user interface; server: what its server alone has of them."""
+        served = self.place.mirror.served
+        mirror, proxy = (now - then for now, then in zip(self.serving_seconds(), self.serving))
+        counters = served.counters()
+        run = {"connections": counters.logins if isinstance(served, sshd.Sshd) else counters.connections,
+               "requests": counters.requests, "mirror_cpu_seconds": mirror, "proxy_cpu_seconds": proxy,
+               "seconds": seconds, "lost": lost, "cpu_seconds": cpu + self.client, "server_cpu_seconds": server}
+        # The server does a little more after that time, which is its own
+        return dict(run, others_cpu_seconds=max(0, self.machine - own(run)))
+
+
+def listing(folder):
+    """{path below folder: size} of the objects' files"""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("sstate:*")}
+
+
+# What users do
+
+def tools(protocol):
+    """(name, function) of the programs that can download a list of files; function(place, folder) does."""
+    if protocol != "sftp":
+        if not shutil.which("curl"):
+            raise Problem("curl is not installed")
+        return [("curl", by_curl)]
+    return [("sftp", by_sftp)] + ([("lftp", by_lftp)] if shutil.which("lftp") else [])
+
+
+def by_curl(place, folder):
+    lines = []
+    for name in listing(place.files):
+        lines.append('url = "%s/%s"\noutput = "%s/%s"\n' % (place.url, urllib.parse.quote(name), folder, name))
+    config = place.folder / "curl.conf"
+    config.write_text("".join(lines))
+    command = ["curl", "--silent", "--show-error", "--fail", "--globoff", "--create-dirs", "--parallel",
+               "--parallel-max", str(CONNECTIONS), "--config", str(config)]
+    if place.mirror.served.ca_file:
+        command += ["--cacert", str(place.mirror.served.ca_file)]
+    call(command, place)
+
+
+def by_sftp(place, folder):
+    """On one connection, one file after the other: it has nothing else"""
+    names = listing(place.files)
+    for parent in {(folder / name).parent for name in names}:
+        parent.mkdir(parents=True)
+    batch = place.folder / "sftp.batch"
+    parts = urllib.parse.urlsplit(place.url)
+    batch.write_text("".join('get "%s/%s" "%s/%s"\n' % (parts.path, name, folder, name) for name in names))
+    call([str(place.mirror.served.tools / "sftp"), "-q", "-b", str(batch), "-P", str(parts.port), parts.hostname], place)
+
+
+def by_lftp(place, folder):
+    parts = urllib.parse.urlsplit(place.url)
+    script = ('set sftp:connect-program "%s -a -x"; set net:connection-limit %d; set cmd:fail-exit yes; '
+              'open -u %s, sftp://%s:%d; mirror --parallel=%d %s %s' %
+              (place.mirror.served.tools / "ssh", CONNECTIONS, place.mirror.served.user, parts.hostname, parts.port,
+               CONNECTIONS, parts.path, folder))
+    call(["lftp", "-c", script], place)
+
+
+def call(command, place):
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              timeout=SECONDS, env=dict(os.environ, **place.mirror.variables))
+    except subprocess.TimeoutExpired as error:
+        raise Problem("%s did not end within %d s" % (Path(command[0]).name, SECONDS)) from error
+    if done.returncode:
+        lines = done.stdout.strip().splitlines() or ["it said nothing"]
+        raise Problem("%s ended with %d: %s" % (Path(command[0]).name, done.returncode, lines[-1]))
+
+
+# What the user sees
+
+def goal(variants):
+    """(the name of the longer one of the best download and the installation, its seconds): the floor of a build"""
+    alone = [name for name in variants if name in ("curl", "sftp", "lftp")]
+    best = min(alone, key=lambda name: variants[name]["seconds"])
+    longer = max((best, LOCAL[PATCHED]), key=lambda name: variants[name]["seconds"])
+    return longer, variants[longer]["seconds"]
+
+
+def own(figures):
+    """The CPU seconds of all that belongs to a variant"""
+    return sum(figures[name] for name in ("cpu_seconds", "mirror_cpu_seconds", "proxy_cpu_seconds"))
+
+
+def machine(figures):
+    """Seconds that these take on all processors"""
+    return own(figures) / os.cpu_count()
+
+
+def table(options, row):
+    variants = row["variants"]
+    patched = variants[PATCHED]["seconds"]
+    lines = ["", "%s: %d objects, %.1f MiB with their .siginfo, from %s; %d threads, median of %d" %
+             (row["cell"], row["objects"], row["mib"], row["software"], options.threads, options.repeat),
+             "%-22s %9s %12s %9s %6s %16s %9s %9s %9s %9s %9s %9s" %
+             ("", "seconds", "connections", "requests", "lost", "patched / this", "CPU s", "(server)", "mirror", "proxy",
+              "machine", "others")]
+    for name, figures in variants.items():
+        lines.append("%-22s %9.2f %12d %9d %6d %16.2f %9.2f %9.2f %9.2f %9.2f %9.2f %9.2f" %
+                     (name, figures["seconds"], figures["connections"], figures["requests"], figures["lost"],
+                      patched / figures["seconds"], figures["cpu_seconds"], figures["server_cpu_seconds"],
+                      figures["mirror_cpu_seconds"], figures["proxy_cpu_seconds"], machine(figures),
+                      figures["others_cpu_seconds"]))
+    longer, seconds = goal(variants)
+    lines.append("patched / max(best download, all local) = %.2f (%s)" % (patched / seconds, longer))
+    busy, local = machine(variants[PATCHED]), variants[LOCAL[PATCHED]]["seconds"]
+    lines.append("patched / max(its CPU seconds on all %d processors, all local) = %.2f (%s)" %
+                 (os.cpu_count(), patched / max(busy, local), "machine" if busy > local else LOCAL[PATCHED]))
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""Builds that are killed while they restore: `scripts/bench kills`.
+
+In each round patched bitbake restores objects from a mirror on loopback, over
+http and sftp in turns, and is hit at a moment that the seed gives:
+
+    SIGKILL, SIGTERM    for its server, its worker or its user interface
+    Ctrl-C              for the user interface, once and twice
+
+After that the same is restored without being hit. There must not be
+
+    orphans     processes of the build, ssh among them, 30 s after the first has ended
+    damaged     objects or .siginfo files in SSTATE_DIR with other bytes than the mirror's
+    incomplete  a second build that does not end with 0, or does not restore all objects
+    left over   files in SSTATE_DIR after it that belong to none of the objects
+
+What there is all the same is listed, and the exit code is 1. The user interface is
+no orphan: it takes a minute to notice that its server was killed, as with stock.
+"""
+
+import collections
+import contextlib
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from netqueue import Problem
+from netqueue.bench.frame.workfolder import add_json, add_work, settings, work_folder, write_json
+from netqueue.bench.presence import enter_venv, open_mirror, patched_tree, positive
+from netqueue.lab.bitbakerun import POLL_SECONDS, BuildTimeout
+from netqueue.lab.build import Build, BuildMirror
+from netqueue.lab.delay import delayed
+from netqueue.lab.trees import shared_tree
+from netqueue.progress import Progress
+
+WAYS = ("SIGKILL", "SIGTERM", "Ctrl-C", "Ctrl-C twice")
+PROTOCOLS = ("http", "sftp")
+PROGRAMS = {"server": "bitbake-server", "worker": "bitbake-worker"}
+RESTORE = ["--setscene-only", "demo-all"]
+# Round trip in seconds, and bytes a second: a build fetches for some seconds
+DELAY, RATE = 0.02, 4 << 20
+# Seconds for a build that is not hit, or has been told to end, and after which a process is an orphan
+SECONDS, ORPHAN_SECONDS = 120, 30
+# Seconds between two Ctrl-C at most
+AGAIN = 2
+FINDINGS = ("orphans", "damaged", "incomplete", "left over")
+
+
+def add_options(parser):
+    parser.add_argument("--rounds", type=positive, default=16, metavar="N", help="builds to be hit (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="what moments come from (default: %(default)s)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, action="append", metavar="P",
+                        help="only this: %s" % " or ".join(PROTOCOLS))
+    parser.add_argument("--way", choices=WAYS, action="append", metavar="W", help="only this: %s" % ", ".join(WAYS))
+    parser.add_argument("--prefetch", type=int, default=64, metavar="N",
+                        help="BB_SETSCENE_PREFETCH; with 0 all files are fetched by tasks (default: %(default)s)")
+    parser.add_argument("--objects", type=positive, default=60, metavar="N", help="objects of a build (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=8, metavar="N", help="BB_NUMBER_THREADS (default: %(default)s)")
+    add_json(parser)
+    add_work(parser)
+
+
+def run(options):
+    enter_venv()
+    rounds, ways = [], options.way or WAYS
+    with work_folder("kills-", options.work) as work, contextlib.ExitStack() as stack:
+        files = fill(work / "fill", options)
+        ranges = [Range(stack, protocol, files, work, options) for protocol in options.protocol or PROTOCOLS]
+        for number in range(options.rounds):
+            way = ways[number // len(ranges) % len(ways)]
+            one = ranges[number % len(ranges)].round(number, way, random.Random("%d %d" % (options.seed, number)))
+            rounds.append(one)
+            print("%4d  %-5s %-13s %-7s at %5.2f s: %s" % (number, one["protocol"], way, one["target"], one["moment"],
+                                                          told(one) or "ended after %.1f s" % one["seconds"]), flush=True)
+            write_json(options, {"options": settings(options), "rounds": rounds})
+    print(table(rounds))
+    return 1 if any(told(one) for one in rounds) else 0
+
+
+def fill(folder, options):
+    """A folder with all objects, made by a build"""
+    with Build(folder, shared_tree(patched=False), objects=options.objects, threads=options.threads) as build:
+        result = build.run(["demo-all"], timeout=SECONDS)
+        if result.returncode or len(build.archives()) != options.objects:
+            raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
+        return build.sstate
+
+
+class Range:
+    """A mirror of one protocol, and the build that restores from it. usual: seconds that it takes if nothing happens."""
+
+    def __init__(self, stack, protocol, files, work, options):
+        self.protocol = protocol
+        self.files = files
+        self.expected = {path.relative_to(files) for path in finals(files)}
+        mirror = stack.enter_context(open_mirror(protocol, files, work / "home" / protocol, None))
+        link = stack.enter_context(delayed(mirror.served.port, DELAY, RATE))
+        self.tools = getattr(mirror.served, "tools", None)
+        served = BuildMirror(mirror.url_behind(link.port))
+        served.tools = self.tools
+        self.build = stack.enter_context(Build(work / protocol, patched_tree(), objects=options.objects, mirror=served,
+                                               threads=options.threads,
+                                               extra_conf='BB_SETSCENE_PREFETCH = "%d"' % options.prefetch))
+        progress = Progress(sys.stderr)
+        progress.step("%s, not hit" % protocol)
+        # The first one parses
+        self.usual = [self.restore_all() for _ in range(2)][-1]
+        progress.done()
+
+    def restore_all(self):
+        self.empty()
+        result = self.build.run(RESTORE, SECONDS)
+        problems = self.incomplete(result)
+        if problems:
+            raise Problem("%s: a build that is not hit: %s" % (self.protocol, problems))
+        return result.seconds
+
+    def empty(self):
+        for folder in (self.build.tmp, self.build.sstate):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def round(self, number, way, rng):
+        """What happened: a dictionary with the FINDINGS, each a list"""
+        self.empty()
+        moment = rng.uniform(0.2, self.usual)
+        running = self.build.start(RESTORE)
+        try:
+            wait_for(running, moment)
+            target = self.hit(running, way, rng)
+            began = time.monotonic()
+            if target == "ui" and way.startswith("Ctrl-C"):
+                wait_for(running, SECONDS)
+            orphans = self.orphans(running)
+            seconds = time.monotonic() - began
+        finally:
+            running.kill()
+        found = {"number": number, "protocol": self.protocol, "way": way, "target": target, "moment": moment,
+                 "seconds": seconds, "orphans": orphans, "damaged": self.damaged(), "incomplete": [], "left over": []}
+        try:
+            found["incomplete"] = self.incomplete(self.build.run(RESTORE, SECONDS))
+        except BuildTimeout as timeout:
+            found["incomplete"] = [str(timeout)]
+        found["damaged"] += self.damaged()
+        found["left over"] = sorted({str(path.relative_to(self.build.sstate)) for path in self.build.sstate.rglob("*")
+                                     if path.is_file() and path.relative_to(self.build.sstate) not in self.expected
+                                     and not path.name.endswith((".lock", ".done"))})
+        return found
+
+    def hit(self, running, way, rng):
+        """Returns what was hit"""
+        if way.startswith("Ctrl-C"):
+            running.interrupt()
+            if way.endswith("twice"):
+                wait_for(running, rng.uniform(0, AGAIN))
+                running.interrupt()
+            return "ui"
+        number = signal.SIGKILL if way == "SIGKILL" else signal.SIGTERM
+        # The next one if it is not there
+        for target in rng.choice((("server", "ui"), ("worker", "server", "ui"), ("ui",))):
+            pids = [running.process.pid] if target == "ui" else self.first_of(PROGRAMS[target])
+            if pids:
+                break
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return target
+
+    def first_of(self, program):
+        """The process of that program, without those that it has forked"""
+        pids = [pid for pid in self.build.processes() if program in command(pid)]
+        return [pid for pid in pids if parent(pid) not in pids]
+
+    def orphans(self, running):
+        """Commands of the processes that are left after ORPHAN_SECONDS"""
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        while True:
+            pids = set(self.build.processes()) | set(self.ssh_processes())
+            left = [command(pid)[-200:] for pid in pids - {running.process.pid}]
+            if not any(left) or time.monotonic() > deadline:
+                return [line for line in left if line]
+            wait_for(running, POLL_SECONDS) if running.process.poll() is None else time.sleep(POLL_SECONDS)
+
+    def ssh_processes(self):
+        """Those to the mirror, whatever their environment"""
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if self.tools else []
+        return [pid for pid in pids if str(self.tools) in command(pid)]
+
+    def damaged(self):
+        return [path.name for path in finals(self.build.sstate)
+                if path.read_bytes() != (self.files / path.relative_to(self.build.sstate)).read_bytes()]
+
+    def incomplete(self, result):
+        found = [] if result.returncode == 0 else ["exit code %d" % result.returncode]
+        lost = len(self.build.sizes) - len(self.build.restored())
+        found += ["%d objects are not restored" % lost] if lost else []
+        return found + (["%d processes are left" % result.left] if result.left else [])
+
+
+def finals(folder):
+    """Paths of objects and .siginfo files"""
+    return [path for path in folder.rglob("sstate:*") if path.name.endswith((".tar.zst", ".siginfo"))]
+
+
+def wait_for(running, seconds):
+    """Until the user interface ends, for so many seconds at most"""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        running.process.wait(seconds)
+
+
+def command(pid):
+    """The command line of a process, "" if it has ended"""
+    try:
+        return Path("/proc/%d/cmdline" % pid).read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def parent(pid):
+    """The process that has started it, None if it has ended"""
+    try:
+        # pid (name, which may have anything in it) state ppid
+        return int(Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def told(one):
+    return "; ".join("%s: %s" % (name, ", ".join(one[name])) for name in FINDINGS if one[name])
+
+
+def table(rounds):
+    lines = ["", "%-14s %-8s %7s" % ("", "", "rounds") + "".join("%11s" % name for name in FINDINGS) + "%9s %9s" % ("median s", "longest s")]
+    groups = collections.defaultdict(list)
+    for one in rounds:
+        groups[one["way"], one["target"]].append(one)
+    for (way, target), group in sorted(groups.items()):
+        seconds = [one["seconds"] for one in group]
+        lines.append("%-14s %-8s %7d" % (way, target, len(group))
+                     + "".join("%11d" % sum(bool(one[name]) for one in group) for name in FINDINGS)
+                     + "%9.1f %9.1f" % (statistics.median(seconds), max(seconds)))
+    return "\n".join(lines)

@@ -1,0 +1,17 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a build and a mirror need on one machine. Called by the demo, the benchmarks and the tests.
+
+    trees.py            bitbake trees, stock and patched; launchers/ has the programs that the package lacks
+    build.py            build directories of recipes that need nothing but metadata/
+    oecore.py           build directories that use the classes of openembedded-core
+    objects.py          the content of the objects
+    bitbakerun.py       one run of bitbake
+    mirror.py           an HTTP mirror that counts: nginx, or ownserver.py where nginx is missing
+    sshd.py             an SFTP mirror that counts
+    certificates.py     the certificates of HTTPS mirrors
+    delay.py            a proxy that adds a round trip time, and limits the bandwidth
+    faultymirrors.py    mirrors with faults, by faultyserver.py, behaviours.py and oddsftpserver.py
+
+Of netqueue it imports series/ only.
+"""

@@ -1,0 +1,11 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""The patches of the series: reading, applying and exporting them. Called by scripts/apply, scripts/export and lab/.
+
+    git.py          runs git so that nothing outside of the repository changes what it does
+    patches.py      the files of patches/, and applying them to plain files
+    checkout.py     the series on the checkouts of a user (scripts/apply)
+    export.py       patches/ and bitbake-overlay/ from a branch (scripts/export)
+
+No module in here imports another package of netqueue.
+"""

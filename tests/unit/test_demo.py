@@ -1,0 +1,45 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""The demo's table, and which mirrors it can have"""
+
+import pytest
+
+from netqueue import Problem
+from netqueue.demo import commandline as demo
+from netqueue.demo.table import table
+
+
+def run(tree, protocol, requests, asked=True):
+    row = {"tree": tree, "protocol": protocol, "restored": 3, "lost": 0, "connections": 12 if tree == "stock" else 4,
+           "requests": requests, "presence_seconds": 1.0, "seconds": 2.0}
+    return row, {"software": "a server", "presence_cpu_seconds": 0.5, "asked": asked, "problem": ""}
+
+
+def lines(*runs):
+    """The table's, by title"""
+    text = table([row for row, _ in runs], [detail for _, detail in runs])
+    return {line[9:37].strip(): line[37:].split() for line in text.splitlines()[1:]}
+
+
+def test_table():
+    shown = lines(run("stock", "http", 15), run("patched", "http", 12))
+    assert shown["connections accepted"] == ["12", "4", "0.333"]
+    assert shown["requests"] == ["15", "12", "0.800"]
+    assert shown["presence query, seconds"] == ["1.00", "1.00", "1.000"]
+    assert shown["objects lost"] == ["0", "0", "-"]
+
+
+def test_table_without_what_was_not_measured():
+    """Stock bitbake does not ask over sftp, and sshd's own sftp server does not log requests"""
+    shown = lines(run("stock", "sftp", None, asked=False), run("patched", "sftp", None))
+    assert "requests" not in shown
+    assert shown["presence query, seconds"] == ["-", "1.00", "-"]
+
+
+def test_no_sshd(monkeypatch, capsys):
+    monkeypatch.setattr("netqueue.lab.sshd.missing", lambda: "sshd")
+    assert demo._runnable(("http", "https", "sftp")) == ["http", "https"]
+    assert capsys.readouterr().out == "sftp is left out: sshd is not installed\n"
+    assert demo._runnable(("http",)) == ["http"]
+    with pytest.raises(Problem, match="sshd is not installed"):
+        demo._runnable(("sftp",))
