@@ -9,7 +9,9 @@
     fuzz/       mutated input for the parsers of the shared connections
 
 Beside them: command.py for the command lines, environment.py for what a fresh
-machine lacks, progress.py. None of it becomes part of bitbake.
+machine lacks, progress.py. series and fuzz import none of the others, lab
+only series, bench series and lab, demo only lab; tests/unit/test_imports.py
+checks that. None of it becomes part of bitbake.
 """
 
 from pathlib import Path

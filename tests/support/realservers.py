@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from netqueue.lab import sshd
-from netqueue.lab.mirror import PORT_ATTEMPTS, _die_with_parent, _free_port, end
+from netqueue.lab.serverprocess import PORT_ATTEMPTS, die_with_parent, end, free_port
 from support.asking import wait_until
 
 SYSTEM_PATH = ":/usr/sbin:/usr/local/sbin:/sbin"
@@ -76,12 +76,12 @@ class RealServer:
             raise
 
     def _start(self):
-        self.port = self.values["port"] = _free_port()
+        self.port = self.values["port"] = free_port()
         (self.work / "conf").write_text(self.CONFIG % self.values)
         with open(self.work / "output", "wb") as output:
             self.process = subprocess.Popen([self.path, *(argument % self.values for argument in self.arguments)], cwd=self.work,
                                             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                                            preexec_fn=_die_with_parent)
+                                            preexec_fn=die_with_parent)
         wait_until(lambda: self.process.poll() is not None or self.is_ready(), "%s listens" % self.program)
         return self.process.poll() is None
 

@@ -18,7 +18,8 @@ import pytest
 from netqueue.lab import sshd
 from netqueue.lab.build import Build
 from netqueue.lab.certificates import make_certificates
-from netqueue.lab.mirror import find_nginx, serve
+from netqueue.lab.mirror import serve
+from netqueue.lab.nginx import find_nginx
 from netqueue.lab.trees import shared_tree
 from system.observe import SECOND, outcome, restore
 from system.peer import FaultyMirror

@@ -14,8 +14,8 @@ import sys
 import pytest
 
 from netqueue import environment
-from netqueue.lab.bitbakerun import stop_processes
 from netqueue.lab.oecore import MissingPrograms, OEBuild, TargetBuild, clones
+from netqueue.lab.processes import stop_processes
 from system.observe import damaged, problems, snapshot, summary
 
 pytestmark = [pytest.mark.system, pytest.mark.checkout, pytest.mark.timeout(1500)]

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from netqueue.lab import mirror
+from netqueue.lab.nginx import find_nginx
 from support.asking import wait_until
 from support.realservers import Apache, Haproxy, Lighttpd, Proftpd, Squid, Tinyproxy
 
@@ -47,7 +48,7 @@ def files():
 @pytest.fixture
 def nginx(files):
     """Called with what serve() takes, returns one that serves files."""
-    if not mirror.find_nginx():
+    if not find_nginx():
         pytest.skip("nginx is not installed")
     contexts = []
 

@@ -29,14 +29,14 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from netqueue import Problem
 from netqueue.bench.frame.workfolder import add_json, add_work, settings, work_folder, write_json
 from netqueue.bench.presence import enter_venv, open_mirror, patched_tree, positive
-from netqueue.lab.bitbakerun import POLL_SECONDS, BuildTimeout
+from netqueue.lab.bitbakerun import BuildTimeout
 from netqueue.lab.build import Build, BuildMirror
 from netqueue.lab.delay import delayed
+from netqueue.lab.processes import POLL_SECONDS, all_pids, command_line, parent
 from netqueue.lab.trees import shared_tree
 from netqueue.progress import Progress
 
@@ -174,7 +174,7 @@ class Range:
 
     def first_of(self, program):
         """The process of that program, without those that it has forked"""
-        pids = [pid for pid in self.build.processes() if program in command(pid)]
+        pids = [pid for pid in self.build.processes() if program in command_line(pid)]
         return [pid for pid in pids if parent(pid) not in pids]
 
     def orphans(self, running):
@@ -182,15 +182,14 @@ class Range:
         deadline = time.monotonic() + ORPHAN_SECONDS
         while True:
             pids = set(self.build.processes()) | set(self.ssh_processes())
-            left = [command(pid)[-200:] for pid in pids - {running.process.pid}]
+            left = [command_line(pid)[-200:] for pid in pids - {running.process.pid}]
             if not any(left) or time.monotonic() > deadline:
                 return [line for line in left if line]
             wait_for(running, POLL_SECONDS) if running.process.poll() is None else time.sleep(POLL_SECONDS)
 
     def ssh_processes(self):
         """Those to the mirror, whatever their environment"""
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if self.tools else []
-        return [pid for pid in pids if str(self.tools) in command(pid)]
+        return [pid for pid in all_pids() if str(self.tools) in command_line(pid)] if self.tools else []
 
     def damaged(self):
         return [path.name for path in finals(self.build.sstate)
@@ -212,23 +211,6 @@ def wait_for(running, seconds):
     """Until the user interface ends, for so many seconds at most"""
     with contextlib.suppress(subprocess.TimeoutExpired):
         running.process.wait(seconds)
-
-
-def command(pid):
-    """The command line of a process, "" if it has ended"""
-    try:
-        return Path("/proc/%d/cmdline" % pid).read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def parent(pid):
-    """The process that has started it, None if it has ended"""
-    try:
-        # pid (name, which may have anything in it) state ppid
-        return int(Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
 
 
 def told(one):

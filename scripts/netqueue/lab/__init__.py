@@ -7,8 +7,10 @@
     oecore.py           build directories that use the classes of openembedded-core
     objects.py          the content of the objects
     bitbakerun.py       one run of bitbake
-    mirror.py           an HTTP mirror that counts: nginx, or ownserver.py where nginx is missing
+    processes.py        the processes of a build, and their end
+    mirror.py           an HTTP mirror that counts: nginx.py, or ownserver.py where nginx is missing; counters.py has what it counts
     sshd.py             an SFTP mirror that counts
+    serverprocess.py    what nginx.py and sshd.py share
     certificates.py     the certificates of HTTPS mirrors
     delay.py            a proxy that adds a round trip time, and limits the bandwidth
     faultymirrors.py    mirrors with faults, by faultyserver.py, behaviours.py and oddsftpserver.py

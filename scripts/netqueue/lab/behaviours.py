@@ -1,16 +1,16 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""The moods of mirrors that faultymirrors.py puts builds through; see faultyserver.py."""
+"""The behaviours of the mirrors that faultymirrors.py has builds restore from; see faultyserver.py."""
 
 import time
 
-from netqueue.lab.faultyserver import Ended, Mood
+from netqueue.lab.faultyserver import Ended, Behaviour
 
 # A whole answer, as what a 404 should not have in its body
 STRAY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK"
 
 
-class Swaps(Mood):
+class Swaps(Behaviour):
     """After the first 200 answers, one is swapped with the next one of a pipeline if five were not before"""
 
     def __init__(self, names):
@@ -35,7 +35,7 @@ class Swaps(Mood):
             talk.serve(request)
 
 
-class Page(Mood):
+class Page(Behaviour):
     """The same HTML page for everything"""
     there = 0
 
@@ -43,7 +43,7 @@ class Page(Mood):
         talk.reply(request, 200, b"<html><body>Please log in</body></html>\n", "Content-Type: text/html")
 
 
-class Bans(Mood):
+class Bans(Behaviour):
     """403 for 10 s to who asks more than 50 times in a second"""
 
     def __init__(self, names):
@@ -66,7 +66,7 @@ class Bans(Mood):
             talk.serve(request)
 
 
-class TooMany(Mood):
+class TooMany(Behaviour):
     """418 to what exceeds 20 requests in a second"""
 
     def __init__(self, names):
@@ -89,7 +89,7 @@ class TooMany(Mood):
             talk.serve(request)
 
 
-class NoContent(Mood):
+class NoContent(Behaviour):
     """204 to a HEAD"""
 
     def answer(self, talk, request):
@@ -99,14 +99,14 @@ class NoContent(Mood):
             talk.serve(request)
 
 
-class LineFeeds(Mood):
+class LineFeeds(Behaviour):
     """Lines end with LF only"""
 
     def head(self, lines):
         return "\n".join(lines + ["", ""]).encode("ascii")
 
 
-class OldHeaders(Mood):
+class OldHeaders(Behaviour):
     """A folded header, Transfer-Encoding: identity, and a blank before a colon in the last header"""
 
     def head(self, lines):
@@ -114,7 +114,7 @@ class OldHeaders(Mood):
                                      "X-Served-By : cache"])
 
 
-class ErrorForAbsent(Mood):
+class ErrorForAbsent(Behaviour):
     """500 for what is absent"""
 
     def answer(self, talk, request):
@@ -122,7 +122,7 @@ class ErrorForAbsent(Mood):
         talk.serve(request, absent=500)
 
 
-class Refuses(Mood):
+class Refuses(Behaviour):
     """The same status for everything"""
     there = 0
 
@@ -135,7 +135,7 @@ class Refuses(Mood):
         talk.reply(request, self.status, b"busy\n", *self.headers)
 
 
-class RefusesSome(Mood):
+class RefusesSome(Behaviour):
     """503 with Retry-After for some objects"""
 
     def __init__(self, names, refused):
@@ -173,7 +173,7 @@ class TricklesSome(RefusesSome):
             talk.serve(request)
 
 
-class GoesAway(Mood):
+class GoesAway(Behaviour):
     """Once a third of the objects has been asked for by GET, it is away for so many seconds"""
 
     def __init__(self, names, seconds):
@@ -192,7 +192,7 @@ class GoesAway(Mood):
         talk.serve(request)
 
 
-class StrayBodies(Mood):
+class StrayBodies(Behaviour):
     """The answer to a HEAD of what is absent has a body, 0.2 s late, which looks like an answer"""
 
     def answer(self, talk, request):
@@ -204,7 +204,7 @@ class StrayBodies(Mood):
         talk.send(STRAY)
 
 
-class Evicts(Mood):
+class Evicts(Behaviour):
     """Some objects are gone when the first file is fetched"""
 
     def __init__(self, names, gone):
@@ -222,7 +222,7 @@ class Evicts(Mood):
         talk.serve(request)
 
 
-class Forgets(Mood):
+class Forgets(Behaviour):
     """Of all that it reads at once, the first 4 KiB remain, and a half request gets 400"""
 
     def keep(self, data):
@@ -230,7 +230,7 @@ class Forgets(Mood):
         return data[:4096]
 
 
-class SlowFirst(Mood):
+class SlowFirst(Behaviour):
     """Some archives are answered after so many seconds when they are asked for the first time, then at once"""
 
     def __init__(self, names, slow, seconds):
@@ -248,7 +248,7 @@ class SlowFirst(Mood):
         talk.serve(request)
 
 
-class TakesTime(Mood):
+class TakesTime(Behaviour):
     """Each answer takes so many seconds in the server"""
 
     def __init__(self, names, seconds):
@@ -260,7 +260,7 @@ class TakesTime(Mood):
         talk.serve(request)
 
 
-class DiesSilently(Mood):
+class DiesSilently(Behaviour):
     """When a fifth of the objects has been asked for by GET, nothing is answered any more on connections that there are"""
 
     def __init__(self, names):

@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """One run of bitbake: started, watched, ended, with nothing left behind.
 
-layer.Build uses it. bitbake's server leaves its client's session and its
-workers and tasks have sessions of their own; what they all keep is the HOME
-of their build, which no other process has. That is how they are found, and
-they are ended by their ids.
+Build of build.py uses it. What belongs to the build is found by its HOME, see
+processes.py.
 
     running = build.start(["demo-all"])
     running.interrupt()                 # as Ctrl-C
@@ -13,7 +11,6 @@ they are ended by their ids.
 """
 
 import dataclasses
-import os
 import re
 import signal
 import subprocess
@@ -21,11 +18,10 @@ import time
 from pathlib import Path
 
 from netqueue import Problem
+from netqueue.lab.processes import POLL_SECONDS, processes_with_home, stop_processes
 
-POLL_SECONDS = 0.05
 PROGRESS_SECONDS = 0.5
 SERVER_EXIT_SECONDS = 30
-TERM_SECONDS = 5
 
 _PRESENCE = re.compile(r"Presence query: (\d+) objects, ([\d.]+) s, ([\d.]+) s CPU")
 
@@ -122,45 +118,3 @@ class Running:
 def _default_interrupt():
     # Who runs in the background ignores Ctrl-C, and so would bitbake: a worker of pytest-xdist, for one.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def processes_with_home(home):
-    """Ids of the processes that were started with this HOME, zombies left out."""
-    wanted = b"HOME=" + os.fsencode(str(home))
-    found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        try:
-            with open("/proc/%s/environ" % entry, "rb") as environment:
-                # A zombie's is empty, another user's cannot be read.
-                if wanted in environment.read().split(b"\0"):
-                    found.append(int(entry))
-        except OSError:
-            pass
-    return found
-
-
-def stop_processes(home):
-    """SIGTERM to what is there, and after TERM_SECONDS SIGKILL. Returns how many there were."""
-    pids = processes_with_home(home)
-    _signal(pids, signal.SIGTERM)
-    deadline = time.monotonic() + TERM_SECONDS
-    left = processes_with_home(home)
-    while left and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-        left = processes_with_home(home)
-    deadline = time.monotonic() + TERM_SECONDS
-    while left and time.monotonic() < deadline:
-        _signal(left, signal.SIGKILL)
-        time.sleep(POLL_SECONDS)
-        left = processes_with_home(home)
-    return len(pids)
-
-
-def _signal(pids, number):
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass

@@ -22,8 +22,9 @@ import sys
 from pathlib import Path
 
 from netqueue.lab import objects as demo_objects
-from netqueue.lab.bitbakerun import Running, processes_with_home, stop_processes
+from netqueue.lab.bitbakerun import Running
 from netqueue.lab.certificates import trust
+from netqueue.lab.processes import processes_with_home, stop_processes
 
 METADATA = Path(__file__).resolve().parent / "metadata"
 HEADER = "# Copyright BitBake Contributors\n# SPDX-License-Identifier: GPL-2.0-only\n\n"

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Callable
 
 from netqueue import Problem
-from netqueue.lab import behaviours as moodlist
+from netqueue.lab import behaviours
 from netqueue.lab import sshd
 from netqueue.lab.build import BuildMirror
-from netqueue.lab.faultyserver import Mood, MoodyServer
+from netqueue.lab.faultyserver import Behaviour, FaultyServer
 from netqueue.lab.mirror import serve
 
-ODD_STATUS = Path(__file__).with_name("oddsftpserver.py")
+ODD_SFTP_SERVER = Path(__file__).with_name("oddsftpserver.py")
 # A name that cannot exist (RFC 6761), and the seconds in which a resolver that knows that says so
 NO_NAME = "mirror.invalid"
 RESOLVER_SECONDS = 1
@@ -102,18 +102,18 @@ def nginx(objects, **options):
 
 
 @contextlib.contextmanager
-def moody(objects, make):
-    """make is called with the names, and returns a Mood"""
-    mood = make(objects.names)
-    with MoodyServer(objects.files, mood) as server:
-        yield Mirror(server, mood.there, lambda: server.connections, faults=lambda: mood.faults)
+def faulty(objects, make):
+    """make is called with the names, and returns a Behaviour"""
+    behaviour = make(objects.names)
+    with FaultyServer(objects.files, behaviour) as server:
+        yield Mirror(server, behaviour.there, lambda: server.connections, faults=lambda: behaviour.faults)
 
 
 @contextlib.contextmanager
 def second_decides(objects):
     """The first one refuses, the second one has half"""
-    with moody(objects, lambda names: moodlist.Refuses(names, 503)) as first, \
-            moody(objects, lambda names: Mood(names, names[::2])) as second:
+    with faulty(objects, lambda names: behaviours.Refuses(names, 503)) as first, \
+            faulty(objects, lambda names: Behaviour(names, names[::2])) as second:
         yield Mirror(first.server, second.there, lambda: first.connections() + second.connections(),
                      (first.server.url, second.server.url))
 
@@ -190,7 +190,7 @@ def odd_status(objects):
     if not servers:
         raise Problem("the program sftp-server is not installed")
     absent = objects.names[::2]
-    command = shlex.join([sys.executable, "-S", str(ODD_STATUS), servers[0]])
+    command = shlex.join([sys.executable, "-I", "-S", str(ODD_SFTP_SERVER), servers[0]])
     with ssh(Objects(objects.without(absent), objects.names, objects.work), extra="ForceCommand " + command) as mirror:
         mirror.there -= len(absent)
         yield mirror
@@ -227,48 +227,48 @@ def case(name, text, opener, many=False, **options):
     return Situation(name, text, functools.partial(opener, **options), many)
 
 
-def mood(name, text, make, many=False):
-    return Situation(name, text, functools.partial(moody, make=make), many)
+def fault(name, text, make, many=False):
+    return Situation(name, text, functools.partial(faulty, make=make), many)
 
 
 SITUATIONS = [
     case("healthy", "is healthy (nginx)", nginx),
-    mood("A1", "swaps neighbouring answers now and then, all objects having one size", moodlist.Swaps, many=True),
-    mood("A2", "answers everything with the same HTML page", moodlist.Page),
-    mood("B1", "answers 403 for 10 s to who asks more than 50 times a second", moodlist.Bans),
-    mood("B3", "answers 204 to HEAD", moodlist.NoContent),
-    mood("B5", "ends lines with LF only", moodlist.LineFeeds),
-    mood("B6", "sends folded headers, `Transfer-Encoding: identity` and a blank before a colon", moodlist.OldHeaders),
-    mood("B7", "answers 500 for what is absent, half of the objects",
-         lambda names: moodlist.ErrorForAbsent(names, names[::2])),
-    mood("B8", "answers 503 to everything", lambda names: moodlist.Refuses(names, 503)),
+    fault("A1", "swaps neighbouring answers now and then, all objects having one size", behaviours.Swaps, many=True),
+    fault("A2", "answers everything with the same HTML page", behaviours.Page),
+    fault("B1", "answers 403 for 10 s to who asks more than 50 times a second", behaviours.Bans),
+    fault("B3", "answers 204 to HEAD", behaviours.NoContent),
+    fault("B5", "ends lines with LF only", behaviours.LineFeeds),
+    fault("B6", "sends folded headers, `Transfer-Encoding: identity` and a blank before a colon", behaviours.OldHeaders),
+    fault("B7", "answers 500 for what is absent, half of the objects",
+          lambda names: behaviours.ErrorForAbsent(names, names[::2])),
+    fault("B8", "answers 503 to everything", lambda names: behaviours.Refuses(names, 503)),
     case("B9", "answers 503 to everything, and a second one has half of the objects", second_decides),
-    mood("B12", "is away for 25 s while objects are fetched", lambda names: moodlist.GoesAway(names, 25)),
-    mood("B13", "answers HEAD of absent objects, half of them, with a body that looks like an answer",
-         lambda names: moodlist.StrayBodies(names, names[::2])),
-    mood("B14", "loses every tenth object between query and fetch", lambda names: moodlist.Evicts(names, names[4::10])),
-    mood("B15", "answers 418 to more than 20 requests a second", moodlist.TooMany),
-    mood("B16", "forgets what is behind the first 4 KiB that it reads at once", moodlist.Forgets, many=True),
-    mood("C1", "answers for every 20th object after 20 s, if it is asked again at once",
-         lambda names: moodlist.SlowFirst(names, names[2::20], 20)),
-    mood("C2", "answers 503 with `Retry-After: 60` for three objects", lambda names: moodlist.RefusesSome(names, names[2:5])),
-    mood("C3", "answers 503 with `Retry-After: 3600` to everything",
-         lambda names: moodlist.Refuses(names, 503, "Retry-After: 3600")),
-    mood("C4", "resets the connection for five objects", lambda names: moodlist.ResetsSome(names, names[2:7])),
+    fault("B12", "is away for 25 s while objects are fetched", lambda names: behaviours.GoesAway(names, 25)),
+    fault("B13", "answers HEAD of absent objects, half of them, with a body that looks like an answer",
+          lambda names: behaviours.StrayBodies(names, names[::2])),
+    fault("B14", "loses every tenth object between query and fetch", lambda names: behaviours.Evicts(names, names[4::10])),
+    fault("B15", "answers 418 to more than 20 requests a second", behaviours.TooMany),
+    fault("B16", "forgets what is behind the first 4 KiB that it reads at once", behaviours.Forgets, many=True),
+    fault("C1", "answers for every 20th object after 20 s, if it is asked again at once",
+          lambda names: behaviours.SlowFirst(names, names[2::20], 20)),
+    fault("C2", "answers 503 with `Retry-After: 60` for three objects", lambda names: behaviours.RefusesSome(names, names[2:5])),
+    fault("C3", "answers 503 with `Retry-After: 3600` to everything",
+          lambda names: behaviours.Refuses(names, 503, "Retry-After: 3600")),
+    fault("C4", "resets the connection for five objects", lambda names: behaviours.ResetsSome(names, names[2:7])),
     case("C5", "allows 100 requests a second, none more (nginx `limit_req`)", nginx,
          http_extra="limit_req_zone $binary_remote_addr zone=rate:1m rate=100r/s;",
          server_extra="limit_req zone=rate;"),
-    mood("C6", "needs 0.2 s for each answer", lambda names: moodlist.TakesTime(names, 0.2)),
+    fault("C6", "needs 0.2 s for each answer", lambda names: behaviours.TakesTime(names, 0.2)),
     case("C7", "sends at most 512 KiB a second over a connection (nginx `limit_rate`)", nginx,
          server_extra="limit_rate 512k;"),
     case("C9", "closes the connection with each 404, half of the objects (Python's server, HTTP/1.1)", pythons,
          protocol="HTTP/1.1"),
     case("python", "closes the connection with each answer, has half of the objects (Python's server)",
          pythons, protocol="HTTP/1.0"),
-    mood("C11", "stops answering on all connections that there are, without closing them", moodlist.DiesSilently),
+    fault("C11", "stops answering on all connections that there are, without closing them", behaviours.DiesSilently),
     case("refused", "refuses connections", unreachable),
     case("no-name", "has a name that does not resolve", unknown_name),
-    mood("C13", "sends one object at a byte a second", lambda names: moodlist.TricklesSome(names, names[2:3])),
+    fault("C13", "sends one object at a byte a second", lambda names: behaviours.TricklesSome(names, names[2:3])),
     case("limit_conn", "answers two connections at a time, each with at most 512 KiB a second (nginx `limit_conn`)", nginx,
          http_extra="limit_conn_zone $binary_remote_addr zone=clients:1m;",
          server_extra="limit_conn clients 2; limit_rate 512k;"),

@@ -1,20 +1,20 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""An HTTP mirror on loopback in a bad mood, for what nginx and sshd do not do.
+"""An HTTP mirror on loopback that does what nginx and sshd do not do.
 
-Used by faultymirrors.py. A MoodyServer serves a folder of sstate objects with a
+Used by faultymirrors.py. A FaultyServer serves a folder of sstate objects with a
 thread for each connection and reads requests as a stream, so that a client may
-pipeline. A Mood decides what becomes of each request. It is called by these
+pipeline. A Behaviour decides what becomes of each request. It is called by these
 threads; what it counts is guarded by its lock.
 
-    class Teapot(Mood):
+    class Teapot(Behaviour):
         def answer(self, talk, request):
             talk.reply(request, 418)
 
-    with MoodyServer(folder, Teapot(names)) as server:
+    with FaultyServer(folder, Teapot(names)) as server:
         build = Build(..., mirror=server)
 
-behaviours.py has the moods. Nothing waits for longer than LONGEST, and all
+behaviours.py has the kinds of Behaviour. Nothing waits for longer than LONGEST, and all
 threads end with the server.
 """
 
@@ -44,13 +44,13 @@ class Ended(Exception):
     """The connection has ended, or shall end"""
 
 
-class Mood:
+class Behaviour:
     """A mirror that does all right, and what its kinds replace.
 
     names       the recipes of the objects that are wanted
     absent      those that the mirror does not have
     there       how many objects it gives
-    server      the MoodyServer
+    server      the FaultyServer
     faults      how often it has done something wrong, if it does not always do
     """
 
@@ -99,7 +99,7 @@ class Talk:
         try:
             while True:
                 request = self.request()
-                self.server.mood.answer(self, request)
+                self.server.behaviour.answer(self, request)
                 if request.headers.get("connection", "").lower() == "close":
                     return
         except (Ended, OSError):
@@ -116,7 +116,7 @@ class Talk:
         match = _REQUEST_LINE.match(first)
         headers = [_HEADER.match(line) for line in lines]
         if not match or None in headers:
-            self.send(self.server.mood.head(["HTTP/1.1 400 Bad Request", "Content-Length: 0", "Connection: close"]))
+            self.send(self.server.behaviour.head(["HTTP/1.1 400 Bad Request", "Content-Length: 0", "Connection: close"]))
             raise Ended()
         path = urllib.parse.unquote(match.group(2)).lstrip("/")
         name = path.rpartition("/")[2]
@@ -133,7 +133,7 @@ class Talk:
         data = self.sock.recv(READ_SIZE)
         if not data:
             raise Ended()
-        self._buffer += self.server.mood.keep(data)
+        self._buffer += self.server.behaviour.keep(data)
 
     def send(self, data):
         self.sock.sendall(data)
@@ -143,7 +143,7 @@ class Talk:
         lines = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Whatever"))]
         if status != 204:
             lines.append("Content-Length: %d" % len(body))
-        head = self.server.mood.head(lines + list(headers))
+        head = self.server.behaviour.head(lines + list(headers))
         self.send(head if request.method == "HEAD" else head + body)
 
     def serve(self, request, *headers, absent=404):
@@ -161,7 +161,7 @@ class Talk:
     def trickle(self, request, interval):
         """The file, a byte each interval seconds"""
         body, _ = self.server.read(request)
-        self.send(self.server.mood.head(["HTTP/1.1 200 OK", "Content-Length: %d" % len(body)]))
+        self.send(self.server.behaviour.head(["HTTP/1.1 200 OK", "Content-Length: %d" % len(body)]))
         for place in range(len(body)):
             self.server.wait(interval)
             self.send(body[place:place + 1])
@@ -186,7 +186,7 @@ class Talk:
             pass
 
 
-class MoodyServer:
+class FaultyServer:
     """Serves directory on 127.0.0.1. As the mirrors of mirror.py for a Build.
 
     connections     how many were accepted
@@ -194,9 +194,9 @@ class MoodyServer:
 
     ca_file = None
 
-    def __init__(self, directory, mood):
+    def __init__(self, directory, behaviour):
         self.directory = directory
-        self.mood = mood
+        self.behaviour = behaviour
         self.connections = 0
         self._talks = []
         self._threads = []
@@ -204,7 +204,7 @@ class MoodyServer:
         self._port = 0
         self._listener = self._bind()
         self._port = self._listener.getsockname()[1]
-        mood.server = self
+        behaviour.server = self
         self._listen()
 
     @property
@@ -214,7 +214,7 @@ class MoodyServer:
     def read(self, request):
         """(bytes, time) of the file, or (None, None)"""
         path = self.directory / request.path
-        if request.recipe in self.mood.absent or not path.is_file():
+        if request.recipe in self.behaviour.absent or not path.is_file():
             return None, None
         return path.read_bytes(), int(os.stat(path).st_mtime)
 
@@ -224,7 +224,7 @@ class MoodyServer:
             raise Ended()
 
     def leave(self, seconds):
-        """Close the port and all connections for so many seconds. To be called by a mood, which raises Ended then."""
+        """Close the port and all connections for so many seconds. To be called by a Behaviour, which raises Ended then."""
         listener = self._listener
         self._start(self._away, listener, seconds)
 

@@ -19,7 +19,7 @@ import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from netqueue.lab.mirror import Request, summarise
+from netqueue.lab.counters import Request, summarise
 
 IDLE_SECONDS = 60
 

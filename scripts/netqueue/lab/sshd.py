@@ -30,7 +30,8 @@ import time
 from pathlib import Path
 
 from netqueue import Problem
-from netqueue.lab.mirror import PORT_ATTEMPTS, START_SECONDS, _die_with_parent, _free_port, end
+from netqueue.lab.processes import children
+from netqueue.lab.serverprocess import PORT_ATTEMPTS, START_SECONDS, die_with_parent, end, free_port
 
 SFTP_SERVERS = ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server", "/usr/libexec/sftp-server",
                 "/usr/lib/ssh/sftp-server", "/usr/libexec/ssh/sftp-server", "/usr/local/libexec/sftp-server")
@@ -204,7 +205,7 @@ class Sshd:
         if os.geteuid() == 0:
             PRIVSEP.mkdir(mode=0o755, parents=True, exist_ok=True)
         for _ in range(PORT_ATTEMPTS):
-            self.port = _free_port()
+            self.port = free_port()
             (self.work / "sshd_config").write_text(SERVER_CONFIG % dict(values, port=self.port))
             key = " ".join((self.work / "host_key.pub").read_text().split()[:2])
             names = ["[%s]:%d" % (name, self.port) for name in ("127.0.0.1", "localhost", "::1")]
@@ -227,7 +228,7 @@ class Sshd:
             with open(self.work / "sshd.log", "wb") as log:
                 self.process = subprocess.Popen(
                     [self.program, "-D", "-e", "-f", str(self.work / "sshd_config")], stdin=subprocess.DEVNULL,
-                    stdout=log, stderr=log, cwd="/", preexec_fn=_die_with_parent)
+                    stdout=log, stderr=log, cwd="/", preexec_fn=die_with_parent)
             poll = select.poll()
             poll.register(fifo, select.POLLIN)
             deadline = time.monotonic() + START_SECONDS
@@ -275,10 +276,11 @@ class Sshd:
             raise Problem("sshd does not start again: %s" % lines[-1])
 
     def stop(self):
-        """Idempotent; as mirror.end(). Ends the sessions too."""
+        """Idempotent; as serverprocess.end(). Ends the sessions too."""
         if self.process is None:
             return
-        sessions = _children(self.process.pid)
+        # sshd does not end its sessions when it is told to end.
+        sessions = children(self.process.pid)
         end(self.process)
         for pid in sessions:
             with contextlib.suppress(ProcessLookupError):
@@ -293,17 +295,6 @@ def _locked(user):
             if line.startswith(user + ":"):
                 return line.split(":")[1].startswith("!")
     return False
-
-
-def _children(pid):
-    """sshd does not end its sessions when it is told to end."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # pid (name, which may have anything in it) state ppid
-            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(path.parent.name))
-    return found
 
 
 def _version():

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from netqueue import Problem
+from netqueue.lab.processes import all_pids, parent, stat_fields
 
 # The environment of a build whose server stays for a while after it, for its CPU seconds to be read
 RESIDENT = {"BB_SERVER_TIMEOUT": "600"}
@@ -50,10 +51,8 @@ def of_children():
 def of_server(pid):
     """Of a process, its descendants, and all that these have waited for"""
     parents = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        fields = _fields(path.name)
-        if fields:
-            parents.setdefault(int(fields[1]), []).append(int(path.name))
+    for one in all_pids():
+        parents.setdefault(parent(one), []).append(one)
     total, todo = 0, [pid]
     while todo:
         one = todo.pop()
@@ -71,16 +70,8 @@ def of_machine():
 
 def _times(pid):
     """(of its own, of what it has waited for). Nothing if it has ended: its parent has it then."""
-    fields = _fields(pid)
+    fields = stat_fields(pid)
     if not fields:
         return 0, 0
     user, system, waited_user, waited_system = (int(field) / os.sysconf("SC_CLK_TCK") for field in fields[11:15])
     return user + system, waited_user + waited_system
-
-
-def _fields(pid):
-    """Those of proc(5), from the third"""
-    try:
-        return Path("/proc/%s/stat" % pid).read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
