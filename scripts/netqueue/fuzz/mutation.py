@@ -1,17 +1,18 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the conversations of `scripts/bench fuzz` have in common: changes of bytes, checks, and a loop for what has timers.
+"""Changes of bytes, and the pieces in which bytes may be received. The conversations call this.
 
-    must(size == announced, "a file of %d bytes" % size)
     mutate(rng, data)
     for piece in pieces(rng, bytes(data)): ...
 """
 
 import re
 
-INTERESTING = [b"\r\n\r\n", b"\n\n", b"\r", b"\n", b"\0", b"\xff\xff\xff\xff", b":", b" ", b"\t", b",", b"0\r\n\r\n", b"-1", b"0x10", b"+5",
-               b"99999999999999999999", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
-               b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", b"HTTP/1.1 100 Continue\r\n\r\n", b"\r\n folded", b"\xc3\xa9\xed\xa0\x80"]
+INTERESTING = [b"\r\n\r\n", b"\n\n", b"\r", b"\n", b"\0", b"\xff\xff\xff\xff", b":", b" ", b"\t", b",", b"0\r\n\r\n",
+               b"-1", b"0x10", b"+5", b"99999999999999999999", b"Content-Length: 3\r\n",
+               b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
+               b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", b"HTTP/1.1 100 Continue\r\n\r\n",
+               b"\r\n folded", b"\xc3\xa9\xed\xa0\x80"]
 NUMBER = re.compile(rb"[0-9]+")
 
 
@@ -61,75 +62,3 @@ def pieces(rng, data):
         size = 1 + int(most * rng.random())
         yield data[:size]
         data = data[size:]
-
-
-class Fault(Exception):
-    """What does not hold. number is that of the input."""
-    number = None
-
-
-def must(condition, text):
-    if not condition:
-        raise Fault(text)
-
-
-class Timer:
-    def __init__(self, loop, when, function, arguments):
-        self.loop, self.when, self.function, self.arguments = loop, when, function, arguments
-
-    def cancel(self):
-        self.loop.timers.discard(self)
-
-
-class Future:
-    """greeted of an SFTPConnection"""
-    error = None
-    is_done = False
-
-    def done(self):
-        return self.is_done
-
-    def set_result(self, result):
-        must(not self.is_done, "greeted twice")
-        self.is_done = True
-
-    def set_exception(self, error):
-        self.set_result(None)
-        self.error = error
-
-
-def number_of(file):
-    return file if isinstance(file, int) else file.fileno()
-
-
-class Loop:
-    """In the place of an event loop. readers is {descriptor: function}."""
-    create_future = Future
-
-    def __init__(self):
-        self.now = 0.0
-        self.timers = set()
-        self.readers = {}
-
-    def time(self):
-        return self.now
-
-    def call_at(self, when, function, *arguments):
-        timer = Timer(self, when, function, arguments)
-        self.timers.add(timer)
-        return timer
-
-    def call_later(self, seconds, function, *arguments):
-        return self.call_at(self.now + seconds, function, *arguments)
-
-    def advance(self, seconds):
-        self.now += seconds
-        for timer in [timer for timer in self.timers if timer.when <= self.now]:
-            timer.cancel()
-            timer.function(*timer.arguments)
-
-    def add_reader(self, file, function):
-        self.readers[number_of(file)] = function
-
-    def remove_reader(self, file):
-        return self.readers.pop(number_of(file), None) is not None

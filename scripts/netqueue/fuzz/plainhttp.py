@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Mutated answers of HTTP without TLS, whose long bodies go by splice(2), of `scripts/bench fuzz`. runner.py calls this.
 
-As HTTP in conversation.py, but that a connection has a real socket.
+As HTTP in http.py, but that a connection has a real socket.
 """
 
 import select
@@ -10,8 +10,9 @@ import socket
 
 from bb.connections import splice
 from bb.connections.http import MIN_SPLICE
-from netqueue.fuzz.conversation import HTTP, Transport
-from netqueue.fuzz.mutation import must
+from netqueue.fuzz.conversation import Transport
+from netqueue.fuzz.fault import must
+from netqueue.fuzz.http import HTTP
 
 
 class SocketTransport(Transport):

@@ -30,9 +30,10 @@ import sys
 import time
 import traceback
 
-from netqueue.fuzz.conversation import HTTP, SFTP
-from netqueue.fuzz.mutation import Fault, must
+from netqueue.fuzz.fault import Fault, must
+from netqueue.fuzz.http import HTTP
 from netqueue.fuzz.plainhttp import Plain
+from netqueue.fuzz.sftp import SFTP
 from netqueue.fuzz.unixsocket import Socket
 
 PARSERS = {"http": HTTP, "plain": Plain, "sftp": SFTP, "socket": Socket}

@@ -16,7 +16,9 @@ import tempfile
 from bb.connections import ConnectionCacheError, protocol
 from bb.connections.peers import Peers
 from bb.connections.request import Response
-from netqueue.fuzz.mutation import Loop, must, mutate
+from netqueue.fuzz.eventloop import Loop
+from netqueue.fuzz.fault import must
+from netqueue.fuzz.mutation import mutate
 
 
 class Socket:
@@ -46,7 +48,6 @@ class Socket:
         self.messages.clear()
         # Ids that a reply may have: of requests that have none yet
         self.expected = []
-        self.closed_by_peers = False
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as task:
             task.setblocking(False)
             task.connect("\0" + self.peers.address.partition(":")[2])
@@ -140,7 +141,6 @@ class Socket:
             except OSError:
                 data = b""
             if not data:
-                self.closed_by_peers = True
                 return
             must(len(data) <= protocol.MAX_MESSAGE, "a message of %d bytes" % len(data))
             reply = json.loads(data)
