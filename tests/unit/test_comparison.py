@@ -4,7 +4,7 @@
 
 import pytest
 
-from netqueue.bench.frame.comparison import interval, ratio, rotated
+from netqueue.bench.frame.comparison import interval, ratio, rotated, summarise, take_turns
 from netqueue.bench.overhead import verdict
 
 
@@ -30,3 +30,19 @@ def test_rotated():
 @pytest.mark.parametrize("low, high, says", [(0.98, 1.01, "not slower"), (1.011, 1.02, "slower"), (0.99, 1.02, "1 % is not resolved")])
 def test_verdict(low, high, says):
     assert verdict(low, high).startswith(says)
+
+
+def test_turns():
+    order = []
+    runs = take_turns("abc", 3, lambda variant: order.append(variant) or len(order))
+    assert "".join(order[3:]) == "abcbcacab"
+    # The turn before is not counted
+    assert runs == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
+
+
+def test_summary():
+    runs = {"stock": [{"seconds": 2}, {"seconds": 4}], "patched": [{"seconds": 1}, {"seconds": 3}]}
+    row = summarise(runs, "stock")["patched"]
+    assert (row["seconds"], row["seconds_min"], row["runs"]) == (2, 1, runs["patched"])
+    assert row["ratios"]["seconds"] == (0.625, 0.5, 0.75, 0.5)
+    assert row["ratios"]["seconds"].interval_text(2) == "0.50 to 0.75, sure to 50.0 %"

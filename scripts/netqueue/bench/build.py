@@ -34,18 +34,20 @@ import dataclasses
 import os
 import re
 import shutil
-import statistics
-import subprocess
 import sys
 import time
-import urllib.parse
 from pathlib import Path
 
 from netqueue import Problem
 from netqueue.bench.frame import cpuseconds
+from netqueue.bench.frame.comparison import medians
+from netqueue.bench.frame.downloads import listing, tools
+from netqueue.bench.frame.mirrors import open_mirror
+from netqueue.bench.frame.options import (add_json, add_number, add_repeat, add_threads, add_work, settings,
+                                          write_json)
 from netqueue.bench.frame.picture import draw
-from netqueue.bench.frame.workfolder import add_json, add_work, put_away, settings, work_folder, write_json
-from netqueue.bench.presence import enter_venv, open_mirror, patched_tree, positive
+from netqueue.bench.frame.trees import enter_venv, patched_tree
+from netqueue.bench.frame.workfolder import put_away, work_folder
 from netqueue.lab import sshd
 from netqueue.lab.build import Build, BuildMirror
 from netqueue.lab.certificates import make_certificates
@@ -59,7 +61,6 @@ MATRIX = tuple("%s-%dms%s%s" % (protocol, delay, cap, small) for protocol in ("h
                for delay in (0, 20) for cap in ("", "-cap") for small in ("", "-small"))
 SECONDS = 3600
 PARSES = 5
-CONNECTIONS = 4
 MIB = 1024 * 1024
 STOCK, OFF, PATCHED = "stock", "without prefetch", "patched"
 LOCAL = {STOCK: "all local, stock", PATCHED: "all local, patched"}
@@ -85,16 +86,11 @@ def add_options(parser):
     parser.add_argument("--cell", action="append", metavar="NAME", help="only this; may be given more than once")
     parser.add_argument("--matrix", action="store_true", help="all %d cells: %s" % (len(MATRIX), "protocol, 0 and 20 ms, "
                         "with and without a cap, objects of mixed size and small ones"))
-    parser.add_argument("--objects", type=positive, default=300, metavar="N",
-                        help="objects of a cell, of mixed size (default: %(default)s)")
-    parser.add_argument("--small-objects", type=positive, default=2000, metavar="N",
-                        help="objects of a cell with small ones, where stock runs once (default: %(default)s)")
-    parser.add_argument("--rate", type=positive, default=8, metavar="MIB",
-                        help="the cap, in MiB a second (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=8, metavar="N",
-                        help="BB_NUMBER_THREADS (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs of each, but one of sftp(1), which takes "
-                        "minutes; the median counts (default: %(default)s)")
+    add_number(parser, "--objects", 300, "objects of a cell, of mixed size")
+    add_number(parser, "--small-objects", 2000, "objects of a cell with small ones, where stock runs once")
+    add_number(parser, "--rate", 8, "the cap, in MiB a second", metavar="MIB")
+    add_threads(parser)
+    add_repeat(parser, 3, "runs of each, but one of sftp(1), which takes minutes; the median counts")
     parser.add_argument("--real-classes", action="store_true", help="builds with openembedded-core's classes, on clones of "
                         "the checkouts that BITBAKEDIR and OECOREDIR name")
     parser.add_argument("--target", metavar="NAME", help="with --real-classes: restores all that this target of "
@@ -186,8 +182,8 @@ class Bench:
                     runs.setdefault(variant, []).append(figures)
         put_away(place.folder, self.work)
         for variant, results in runs.items():
-            row["variants"][variant] = dict(
-                {name: round(statistics.median(result[name] for result in results), 2) for name in results[0]}, runs=results)
+            figures = {name: round(median, 2) for name, median in medians(results).items()}
+            row["variants"][variant] = dict(figures, runs=results)
         return row
 
     def turn(self, place, turn):
@@ -258,10 +254,8 @@ class Bench:
     def make_build(self, place, name, tree, conf):
         build = self.new_build(place.folder / name.replace(" ", "-"), tree, place.cell, self.options.threads, conf,
                                BuildMirror(place.url))
-        variables = dict(place.mirror.variables)
-        if "PATH" in variables:
-            variables["PATH"] = "%s:%s" % (place.mirror.served.tools, build.environment["PATH"])
-        build.environment.update(variables, HOME=str(build.home))
+        place.mirror.equip(build)
+        build.environment["HOME"] = str(build.home)
         wgetrc = self.work / "home" / place.cell.protocol / ".wgetrc"
         if wgetrc.exists():
             shutil.copy(wgetrc, build.home)
@@ -273,12 +267,7 @@ class Bench:
         if key not in self.filled:
             self.progress.step("filling a mirror with %s" % (self.options.target or "%d objects" % cell.objects))
             with self.new_build(self.work / ("fill-" + key), STOCK, cell, os.cpu_count() or 2) as build:
-                if self.options.target:
-                    build.make_objects(self.progress.follow)
-                else:
-                    result = build.run([build.target], timeout=SECONDS, progress=self.progress.follow)
-                    if result.returncode or len(build.archives()) != cell.objects:
-                        raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
+                build.make_objects(self.progress.follow)
                 for path in build.sstate.rglob("*.siginfo"):
                     # Of a task that has no object: nobody fetches it
                     if not path.with_suffix("").exists():
@@ -304,8 +293,8 @@ class Bench:
 class Place:
     """A cell that is being measured. builds: {name: Build}."""
     cell: Cell
-    mirror: object      # of presence.py
-    link: object        # of delay.py, or None
+    mirror: object      # of frame/mirrors.py
+    link: object        # of lab/delay.py, or None
     url: str            # of the link
     files: Path         # what the mirror serves
     folder: Path
@@ -339,66 +328,6 @@ class Count:
                "seconds": seconds, "lost": lost, "cpu_seconds": cpu + self.client, "server_cpu_seconds": server}
         # The server does a little more after that time, which is its own
         return dict(run, others_cpu_seconds=max(0, self.machine - own(run)))
-
-
-def listing(folder):
-    """{path below folder: size} of the objects' files"""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("sstate:*")}
-
-
-# What users do
-
-def tools(protocol):
-    """(name, function) of the programs that can download a list of files; function(place, folder) does."""
-    if protocol != "sftp":
-        if not shutil.which("curl"):
-            raise Problem("curl is not installed")
-        return [("curl", by_curl)]
-    return [("sftp", by_sftp)] + ([("lftp", by_lftp)] if shutil.which("lftp") else [])
-
-
-def by_curl(place, folder):
-    lines = []
-    for name in listing(place.files):
-        lines.append('url = "%s/%s"\noutput = "%s/%s"\n' % (place.url, urllib.parse.quote(name), folder, name))
-    config = place.folder / "curl.conf"
-    config.write_text("".join(lines))
-    command = ["curl", "--silent", "--show-error", "--fail", "--globoff", "--create-dirs", "--parallel",
-               "--parallel-max", str(CONNECTIONS), "--config", str(config)]
-    if place.mirror.served.ca_file:
-        command += ["--cacert", str(place.mirror.served.ca_file)]
-    call(command, place)
-
-
-def by_sftp(place, folder):
-    """On one connection, one file after the other: it has nothing else"""
-    names = listing(place.files)
-    for parent in {(folder / name).parent for name in names}:
-        parent.mkdir(parents=True)
-    batch = place.folder / "sftp.batch"
-    parts = urllib.parse.urlsplit(place.url)
-    batch.write_text("".join('get "%s/%s" "%s/%s"\n' % (parts.path, name, folder, name) for name in names))
-    call([str(place.mirror.served.tools / "sftp"), "-q", "-b", str(batch), "-P", str(parts.port), parts.hostname], place)
-
-
-def by_lftp(place, folder):
-    parts = urllib.parse.urlsplit(place.url)
-    script = ('set sftp:connect-program "%s -a -x"; set net:connection-limit %d; set cmd:fail-exit yes; '
-              'open -u %s, sftp://%s:%d; mirror --parallel=%d %s %s' %
-              (place.mirror.served.tools / "ssh", CONNECTIONS, place.mirror.served.user, parts.hostname, parts.port,
-               CONNECTIONS, parts.path, folder))
-    call(["lftp", "-c", script], place)
-
-
-def call(command, place):
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              timeout=SECONDS, env=dict(os.environ, **place.mirror.variables))
-    except subprocess.TimeoutExpired as error:
-        raise Problem("%s did not end within %d s" % (Path(command[0]).name, SECONDS)) from error
-    if done.returncode:
-        lines = done.stdout.strip().splitlines() or ["it said nothing"]
-        raise Problem("%s ended with %d: %s" % (Path(command[0]).name, done.returncode, lines[-1]))
 
 
 # What the user sees

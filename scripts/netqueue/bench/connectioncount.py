@@ -15,30 +15,30 @@ number of connections that there were, and the share of the seconds that four ta
 """
 
 import contextlib
-import statistics
 import sys
 
-from netqueue.bench.frame.comparison import Process
-from netqueue.bench.frame.workfolder import add_json, add_work, settings, work_folder, write_json
-from netqueue.bench.presence import patched_tree, positive
+from netqueue.bench.frame.comparison import medians, take_turns
+from netqueue.bench.frame.options import add_json, add_only, add_repeat, add_work, settings, write_json
+from netqueue.bench.frame.process import Process
+from netqueue.bench.frame.trees import patched_tree
+from netqueue.bench.frame.workfolder import work_folder
 from netqueue.lab.delay import delayed
 from netqueue.lab.mirror import serve
 from netqueue.progress import Progress
 
 PROCESS = "netqueue.bench.processes.connectioncount"
+SLOW_SERVER = "netqueue.bench.processes.slowserver"
 # Name, round trip and the server's own time in seconds, bytes a second of a connection, files, bytes of a file
 CASES = [("healthy", 0, 0, 0, 3000, 4096), ("20 ms", 0.02, 0, 0, 3000, 4096), ("200 ms", 0.2, 0, 0, 3000, 4096),
          ("own 50 ms", 0, 0.05, 0, 400, 4096), ("own 500 ms", 0, 0.5, 0, 200, 4096),
          ("limit_rate", 0, 0, 128 * 1024, 48, 256 * 1024)]
-# Title, connections to begin with and at most
-VARIANTS = [("4", 4, 4), ("4 and more", 4, 16), ("16", 16, 16)]
+# Title: connections to begin with, and at most
+VARIANTS = {"4": (4, 4), "4 and more": (4, 16), "16": (16, 16)}
 
 
 def add_options(parser):
-    parser.add_argument("--case", choices=[case[0] for case in CASES], action="append", metavar="C",
-                        help="only this: %s; may be given more than once" % ", ".join(case[0] for case in CASES))
-    parser.add_argument("--repeat", type=positive, default=3, metavar="N",
-                        help="runs of each variant; the median counts (default: %(default)s)")
+    add_only(parser, "--case", [case[0] for case in CASES])
+    add_repeat(parser, 3, "runs of each variant; the median counts")
     add_json(parser)
     add_work(parser)
 
@@ -62,26 +62,29 @@ def measure(case, lib, work, repeat):
         (work / "files" / str(number)).write_bytes(bytes(size - number % 1000))
     progress = Progress(sys.stderr)
     progress.step(name)
-    runs = {title: [] for title, _, _ in VARIANTS}
     with contextlib.ExitStack() as stack:
         if own:
-            port = stack.enter_context(Process(PROCESS, {"serve": own, "folder": str(work / "files")}, "server")).answer()
+            server = Process(SLOW_SERVER, {"folder": str(work / "files"), "seconds": own}, "server")
+            port = stack.enter_context(server).answer()
         else:
             extra = "limit_rate %d;" % rate if rate else ""
             port = stack.enter_context(serve(work / "files", server="nginx", server_extra=extra)).port
         if delay:
             port = stack.enter_context(delayed(port, seconds=delay)).port
-        for _ in range(repeat):
-            for title, connections, most in VARIANTS:
-                arguments = {"lib": str(lib), "url": "http://127.0.0.1:%d" % port, "files": files, "connections": connections,
-                             "most": most, "folder": str(work) if rate else None}
-                with Process(PROCESS, arguments, title) as process:
-                    runs[title].append(process.answer())
+
+        def ask(title):
+            connections, most = VARIANTS[title]
+            arguments = {"lib": str(lib), "url": "http://127.0.0.1:%d" % port, "files": files, "connections": connections,
+                         "most": most, "folder": str(work) if rate else None}
+            with Process(PROCESS, arguments, title) as process:
+                return process.answer()
+
+        runs = take_turns(list(VARIANTS), repeat, ask, warm_up=False)
     progress.done()
     result = {}
     for title, results in runs.items():
-        seconds = statistics.median(one["seconds"] for one in results)
+        seconds = medians(results)["seconds"]
         result[title] = {"seconds": seconds, "connections": max(one["connections"] for one in results), "runs": results}
         print("%-12s %-12s %9.2f %12d %6.2f" % (name, title, seconds, result[title]["connections"],
-                                                seconds / result[VARIANTS[0][0]]["seconds"]), flush=True)
+                                                seconds / result["4"]["seconds"]), flush=True)
     return result

@@ -27,8 +27,9 @@ import time
 from pathlib import Path
 
 from netqueue import Problem
-from netqueue.bench.frame.workfolder import add_json, add_work, settings, work_folder, write_json
-from netqueue.bench.presence import enter_venv, patched_tree, positive
+from netqueue.bench.frame.options import add_json, add_threads, add_work, positive, settings, write_json
+from netqueue.bench.frame.trees import enter_venv, patched_tree
+from netqueue.bench.frame.workfolder import work_folder
 from netqueue.lab.bitbakerun import BuildTimeout
 from netqueue.lab.build import Build
 from netqueue.lab.faultymirrors import MANY, SITUATIONS, Objects
@@ -78,8 +79,7 @@ def add_options(parser):
     parser.add_argument("--list", action="store_true", help="print the situations and end")
     parser.add_argument("--objects", type=positive, default=40, metavar="N",
                         help="objects of a build (default: %(default)s, at least 20)")
-    parser.add_argument("--threads", type=positive, default=8, metavar="N",
-                        help="BB_NUMBER_THREADS (default: %(default)s)")
+    add_threads(parser)
     parser.add_argument("--markdown", action="store_true", help="print the table as README.md shows it")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what bitbake printed in FOLDER")
     add_json(parser)
@@ -171,9 +171,7 @@ class Bench:
         if many not in self._files:
             with self.make_build(self.work / ("fill-%d" % many), "stock", many) as build:
                 self.progress.step("filling a mirror with %d objects" % len(build.sizes))
-                result = build.run(["demo-all"], timeout=SECONDS)
-                if result.returncode or len(build.archives()) != len(build.sizes):
-                    raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
+                build.make_objects()
                 self._files[many] = build.sstate
             self.progress.done()
         return self._files[many]

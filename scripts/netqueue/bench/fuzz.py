@@ -3,8 +3,9 @@
 """Mutated input for the parsers of the shared connections: `scripts/bench fuzz`.
 
 The parsers are those of HTTP answers (twice: "plain" is with long bodies, which
-go by splice(2)), of SFTP packets, and of messages on the Unix socket; fuzz/runner.py has the conversations, and what has to hold after each. The
-inputs are shared out among the parsers, and the same seed gives the same inputs.
+go by splice(2)), of SFTP packets, and of messages on the Unix socket;
+fuzz/runner.py has the conversations, and what has to hold after each. The inputs
+are shared out among the parsers, and the same seed gives the same inputs.
 What does not hold is printed with the number of the input, and the exit code is 1:
 
     scripts/bench fuzz --inputs 1000000 --seed 7 --processes 2
@@ -16,12 +17,13 @@ import os
 import sys
 import time
 
-from netqueue.bench.frame.comparison import Process
-from netqueue.bench.frame.workfolder import add_json, settings, write_json
-from netqueue.bench.presence import patched_tree, positive
+from netqueue.bench.frame.options import add_json, add_number, add_only, settings, write_json
+from netqueue.bench.frame.process import Process
+from netqueue.bench.frame.trees import patched_tree
 from netqueue.progress import Progress
 
 PROCESS = "netqueue.fuzz.runner"
+# Those of fuzz/runner.py
 PARSERS = ("http", "plain", "sftp", "socket")
 # Inputs of a process, which take some seconds
 BLOCK = 10000
@@ -31,13 +33,11 @@ MOST_TEXT = 2000
 
 
 def add_options(parser):
-    parser.add_argument("--inputs", type=positive, default=100000, metavar="N", help="inputs in all (default: %(default)s)")
+    add_number(parser, "--inputs", 100000, "inputs in all")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="what they are made from (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first input (default: %(default)s)")
-    parser.add_argument("--parser", choices=PARSERS, action="append", metavar="P",
-                        help="only this: %s; may be given more than once" % ", ".join(PARSERS))
-    parser.add_argument("--processes", type=positive, default=1, metavar="N",
-                        help="how many run at the same time (default: %(default)s)")
+    add_only(parser, "--parser", PARSERS)
+    add_number(parser, "--processes", 1, "how many run at the same time")
     add_json(parser)
 
 
@@ -72,5 +72,6 @@ def measure(pool, lib, parser, inputs, options):
 
 
 def run_block(lib, block):
-    with Process(PROCESS, block, block["parser"], {"PYTHONPATH": os.pathsep.join([str(lib), os.environ.get("PYTHONPATH", "")])}) as process:
+    path = os.pathsep.join([str(lib), os.environ.get("PYTHONPATH", "")])
+    with Process(PROCESS, block, block["parser"], {"PYTHONPATH": path}) as process:
         return process.answer()

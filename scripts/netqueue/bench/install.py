@@ -20,15 +20,15 @@ test.
 import functools
 import os
 import shutil
-import statistics
 import sys
 from pathlib import Path
 
 from netqueue import Problem
 from netqueue.bench.frame import cpuseconds
-from netqueue.bench.frame.comparison import ratio
-from netqueue.bench.frame.workfolder import add_json, add_work, put_away, settings, work_folder, write_json
-from netqueue.bench.overhead import add_turns, take_turns
+from netqueue.bench.frame.comparison import summarise, take_turns
+from netqueue.bench.frame.options import (add_json, add_number, add_only, add_repeat, add_threads, add_work,
+                                          settings, write_json)
+from netqueue.bench.frame.workfolder import put_away, work_folder
 from netqueue.lab.oecore import OEBuild, clones, sources_of_environment
 from netqueue.lab.trees import checkout
 from netqueue.progress import Progress
@@ -44,9 +44,10 @@ SECONDS = 3600
 
 
 def add_options(parser):
-    add_turns(parser, objects=300, repeat=5)
-    parser.add_argument("--part", choices=PARTS, action="append", metavar="P",
-                        help="only this: %s; may be given more than once" % ", ".join(PARTS))
+    add_number(parser, "--objects", 300, "recipes, each with one object")
+    add_threads(parser)
+    add_repeat(parser, 5, "turns; less than 6 cannot be sure to 95 %%")
+    add_only(parser, "--part", PARTS)
     parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
     parser.add_argument("--patched-oecore", metavar="TREE", help="a checkout to use as patched openembedded-core")
     add_json(parser)
@@ -93,25 +94,21 @@ class Bench:
         self.progress = Progress(sys.stderr)
 
     def measure(self):
-        """{part: {variant: {measure: median, "ratios", "runs"}}}"""
+        """{part: what summarise() returns}"""
         self.fill()
         rows = {}
         builds = {variant: self.new_build(variant) for variant in VARIANTS}
         for part in self.options.part or PARTS:
-            runs = {variant: [] for variant in VARIANTS}
-            turns = take_turns(self.progress, part, self.options.repeat, VARIANTS, functools.partial(self.build, part, builds))
-            for variant, figures in turns:
-                runs[variant].append(figures)
-            rows[part] = {variant: summarise(runs[variant], runs[STOCK]) for variant in VARIANTS}
+            runs = take_turns(VARIANTS, self.options.repeat, functools.partial(self.build, part, builds),
+                              progress=self.progress, title=part)
+            rows[part] = summarise(runs, STOCK)
         return rows
 
     def fill(self):
         """Make all objects once, in self.work / "objects"."""
         self.progress.step("making %d objects" % self.options.objects)
         with OEBuild(self.work / "fill", self.trees[STOCK], objects=self.options.objects, threads=os.cpu_count() or 2) as build:
-            result = build.run([build.target], timeout=SECONDS, progress=self.progress.follow)
-            if result.returncode or len(build.archives()) != self.options.objects:
-                raise Problem("the objects could not be made: bitbake ended with %d" % result.returncode)
+            build.make_objects(self.progress.follow)
             build.sstate.rename(self.work / "objects")
         self.progress.done()
 
@@ -146,15 +143,6 @@ class Bench:
 
 # What the user sees
 
-def summarise(runs, stock):
-    row = {"runs": runs, "ratios": {}}
-    for name, _ in MEASURES:
-        values = [figures[name] for figures in runs]
-        row[name] = statistics.median(values)
-        row["ratios"][name] = ratio(values, [figures[name] for figures in stock])
-    return row
-
-
 def table(options, rows):
     lines = ["%d objects, %d threads, %d processors, %d turns" % (options.objects, options.threads, os.cpu_count(),
                                                                 options.repeat),
@@ -162,8 +150,8 @@ def table(options, rows):
     for part, variants in rows.items():
         for name, title in MEASURES:
             stock, patched = (variants[variant][name] for variant in VARIANTS)
-            median, low, high, sure = variants[PATCHED]["ratios"][name]
+            ratio = variants[PATCHED]["ratios"][name]
             each = "%10.1f" % (1000 * patched / options.objects) if part == "install" else "%10s" % ""
-            lines.append("%-10s %-14s %10.2f %10.2f %10.3f %10.2f %s   %.3f to %.3f, sure to %.1f %%" %
-                         (part, title, stock, patched, median, GOALS[part][name], each, low, high, 100 * sure))
+            lines.append("%-10s %-14s %10.2f %10.2f %10.3f %10.2f %s   %s" %
+                         (part, title, stock, patched, ratio.median, GOALS[part][name], each, ratio.interval_text(3)))
     return "\n".join(lines)

@@ -31,8 +31,10 @@ import sys
 import time
 
 from netqueue import Problem
-from netqueue.bench.frame.workfolder import add_json, add_work, settings, work_folder, write_json
-from netqueue.bench.presence import enter_venv, open_mirror, patched_tree, positive
+from netqueue.bench.frame.mirrors import open_mirror
+from netqueue.bench.frame.options import add_json, add_number, add_threads, add_work, settings, write_json
+from netqueue.bench.frame.trees import enter_venv, patched_tree
+from netqueue.bench.frame.workfolder import work_folder
 from netqueue.lab.bitbakerun import BuildTimeout
 from netqueue.lab.build import Build, BuildMirror
 from netqueue.lab.delay import delayed
@@ -54,15 +56,15 @@ FINDINGS = ("orphans", "damaged", "incomplete", "left over")
 
 
 def add_options(parser):
-    parser.add_argument("--rounds", type=positive, default=16, metavar="N", help="builds to be hit (default: %(default)s)")
+    add_number(parser, "--rounds", 16, "builds to be hit")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="what moments come from (default: %(default)s)")
     parser.add_argument("--protocol", choices=PROTOCOLS, action="append", metavar="P",
                         help="only this: %s" % " or ".join(PROTOCOLS))
     parser.add_argument("--way", choices=WAYS, action="append", metavar="W", help="only this: %s" % ", ".join(WAYS))
     parser.add_argument("--prefetch", type=int, default=64, metavar="N",
                         help="BB_SETSCENE_PREFETCH; with 0 all files are fetched by tasks (default: %(default)s)")
-    parser.add_argument("--objects", type=positive, default=60, metavar="N", help="objects of a build (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=8, metavar="N", help="BB_NUMBER_THREADS (default: %(default)s)")
+    add_number(parser, "--objects", 60, "objects of a build")
+    add_threads(parser)
     add_json(parser)
     add_work(parser)
 
@@ -87,9 +89,7 @@ def run(options):
 def fill(folder, options):
     """A folder with all objects, made by a build"""
     with Build(folder, shared_tree(patched=False), objects=options.objects, threads=options.threads) as build:
-        result = build.run(["demo-all"], timeout=SECONDS)
-        if result.returncode or len(build.archives()) != options.objects:
-            raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
+        build.make_objects()
         return build.sstate
 
 
@@ -103,8 +103,7 @@ class Range:
         mirror = stack.enter_context(open_mirror(protocol, files, work / "home" / protocol, None))
         link = stack.enter_context(delayed(mirror.served.port, DELAY, RATE))
         self.tools = getattr(mirror.served, "tools", None)
-        served = BuildMirror(mirror.url_behind(link.port))
-        served.tools = self.tools
+        served = BuildMirror(mirror.url_behind(link.port), tools=self.tools)
         self.build = stack.enter_context(Build(work / protocol, patched_tree(), objects=options.objects, mirror=served,
                                                threads=options.threads,
                                                extra_conf='BB_SETSCENE_PREFETCH = "%d"' % options.prefetch))
@@ -218,7 +217,8 @@ def told(one):
 
 
 def table(rounds):
-    lines = ["", "%-14s %-8s %7s" % ("", "", "rounds") + "".join("%11s" % name for name in FINDINGS) + "%9s %9s" % ("median s", "longest s")]
+    lines = ["", "%-14s %-8s %7s" % ("", "", "rounds") + "".join("%11s" % name for name in FINDINGS)
+             + "%9s %9s" % ("median s", "longest s")]
     groups = collections.defaultdict(list)
     for one in rounds:
         groups[one["way"], one["target"]].append(one)

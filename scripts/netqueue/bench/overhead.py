@@ -20,16 +20,17 @@ sign test, so whether it is beyond 1 % is only said if that is so of all of it.
 import contextlib
 import dataclasses
 import shutil
-import statistics
 import sys
 
 from netqueue import Problem
 from netqueue.bench.frame import cpuseconds
-from netqueue.bench.frame.comparison import ratio, rotated
-from netqueue.bench.frame.workfolder import add_json, add_work, put_away, settings, work_folder, write_json
-from netqueue.bench.presence import enter_venv, open_mirror, patched_tree, positive
+from netqueue.bench.frame.comparison import summarise, take_turns
+from netqueue.bench.frame.mirrors import open_mirror
+from netqueue.bench.frame.options import (add_json, add_number, add_repeat, add_threads, add_work, settings,
+                                          write_json)
+from netqueue.bench.frame.trees import add_trees, enter_venv, trees_of
+from netqueue.bench.frame.workfolder import put_away, work_folder
 from netqueue.lab.build import Build, BuildMirror
-from netqueue.lab.trees import checkout, shared_tree
 from netqueue.progress import Progress
 
 STOCK, PATCHED, OFF = "stock", "patched", "switched off"
@@ -42,37 +43,14 @@ SECONDS = 1800
 
 
 def add_options(parser):
-    add_turns(parser, objects=100, repeat=9)
+    add_number(parser, "--objects", 100, "recipes, each with one object")
+    add_threads(parser)
+    add_repeat(parser, 9, "turns; less than 6 cannot be sure to 95 %%")
     parser.add_argument("--part", choices=PARTS, action="append", metavar="P",
                         help='only this: "%s"; may be given more than once' % '" or "'.join(PARTS))
-    parser.add_argument("--stock", metavar="TREE", help="a checkout to use as stock bitbake")
-    parser.add_argument("--patched", metavar="TREE", help="a checkout to use as patched bitbake")
+    add_trees(parser)
     add_json(parser)
     add_work(parser)
-
-
-def add_turns(parser, objects, repeat):
-    """The options of builds that take turns, with these defaults; also of install.py"""
-    parser.add_argument("--objects", type=positive, default=objects, metavar="N",
-                        help="recipes, each with one object (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, default=8, metavar="N",
-                        help="BB_NUMBER_THREADS (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=repeat, metavar="N",
-                        help="turns; less than 6 cannot be sure to 95 %% (default: %(default)s)")
-
-
-def take_turns(progress, part, repeat, places, build):
-    """
-    Generator of (place, what build(place) returns) of so many turns, each begun by another one of places. One more turn
-    before is not counted. Also of install.py.
-    """
-    for turn in range(-1, repeat):
-        progress.step("%s, %s" % (part, "turn %d of %d" % (turn + 1, repeat) if turn >= 0 else "once before"))
-        for place in rotated(places, turn):
-            figures = build(place)
-            if turn >= 0:
-                yield place, figures
-        progress.done()
 
 
 def run(options):
@@ -87,8 +65,7 @@ def run(options):
 
 def find_trees(options):
     """{variant: Tree}"""
-    stock = checkout(options.stock) if options.stock else shared_tree(patched=False)
-    patched = checkout(options.patched) if options.patched else patched_tree()
+    stock, patched = trees_of(options)
     if stock.is_checkout != patched.is_checkout:
         # The programs of a checkout alone cost more than what is looked for here
         raise Problem("%s and %s differ by more than the series: name a checkout of each by --stock and --patched" %
@@ -98,7 +75,7 @@ def find_trees(options):
 
 @dataclasses.dataclass
 class Place:
-    """Where a variant builds for a part. mirror: of presence.py, or None."""
+    """Where a variant builds for a part. mirror: of frame/mirrors.py, or None."""
     part: str
     variant: str
     build: Build
@@ -115,20 +92,19 @@ class Bench:
         self.progress = Progress(sys.stderr)
 
     def measure(self):
-        """{part: {variant: {measure: median, measure + "_min", "ratios", "runs"}}}"""
+        """{part: what summarise() returns}"""
         parts = [part for part in PARTS if part in (self.options.part or PARTS)]
         return {part: self.measure_part(part) for part in parts}
 
     def measure_part(self, part):
-        runs = {variant: [] for variant in VARIANTS}
         with contextlib.ExitStack() as stack:
             mirror = None
             if part == "all local":
                 mirror = stack.enter_context(open_mirror("http", self.fill(), self.work / "mirror-home", None, log=True))
-            places = [stack.enter_context(self.place(part, variant, mirror)) for variant in VARIANTS]
-            for place, figures in take_turns(self.progress, part, self.options.repeat, places, self.build):
-                runs[place.variant].append(figures)
-        return {variant: summarise(runs[variant], runs[STOCK]) for variant in VARIANTS}
+            places = {variant: stack.enter_context(self.place(part, variant, mirror)) for variant in VARIANTS}
+            runs = take_turns(VARIANTS, self.options.repeat, lambda variant: self.build(places[variant]),
+                              progress=self.progress, title=part)
+        return summarise(runs, STOCK)
 
     @contextlib.contextmanager
     def place(self, part, variant, mirror):
@@ -145,9 +121,7 @@ class Bench:
         """Make all objects once. Returns the folder that has them."""
         self.progress.step("making %d objects" % self.options.objects)
         with Build(self.work / "fill", self.trees[STOCK], objects=self.options.objects, threads=self.options.threads) as build:
-            result = build.run(["demo-all"], timeout=SECONDS, progress=self.progress.follow)
-            if result.returncode or len(build.archives()) != self.options.objects:
-                raise Problem("the objects could not be made: bitbake ended with %d" % result.returncode)
+            build.make_objects(self.progress.follow)
             build.sstate.rename(self.work / "objects")
         self.progress.done()
         return self.work / "objects"
@@ -185,15 +159,6 @@ class Bench:
 
 # What the user sees
 
-def summarise(runs, stock):
-    row = {"runs": runs, "ratios": {}}
-    for name, _ in MEASURES:
-        values = [figures[name] for figures in runs]
-        row[name], row[name + "_min"] = statistics.median(values), min(values)
-        row["ratios"][name] = ratio(values, [figures[name] for figures in stock])
-    return row
-
-
 def verdict(low, high):
     """What the interval of a ratio to stock says of LIMIT"""
     if low > 1 + LIMIT:
@@ -210,9 +175,9 @@ def table(options, rows):
                   "%-16s %-14s %9s %9s %9s   %s" % ("", "", "median", "minimum", "to stock", "interval")]
         for name, title in MEASURES:
             for variant, row in variants.items():
-                median, low, high, sure = row["ratios"][name]
-                text = "%-16s %-14s %9.2f %9.2f %9.4f" % (title, variant, row[name], row[name + "_min"], median)
+                ratio = row["ratios"][name]
+                text = "%-16s %-14s %9.2f %9.2f %9.4f" % (title, variant, row[name], row[name + "_min"], ratio.median)
                 if variant != STOCK:
-                    text += "   %.4f to %.4f, sure to %.1f %%: %s" % (low, high, 100 * sure, verdict(low, high))
+                    text += "   %s: %s" % (ratio.interval_text(4), verdict(ratio.low, ratio.high))
                 lines.append(text)
     return "\n".join(lines)

@@ -17,26 +17,25 @@ compared is per object. Stock bitbake cannot ask a sftp mirror at all.
 """
 
 import contextlib
-import dataclasses
-import importlib.util
-import json
-import os
-import statistics
-import subprocess
 import sys
-import urllib.parse
-from pathlib import Path
+import tempfile
 
-from netqueue import ROOT, Problem, environment
-from netqueue.bench.frame.workfolder import add_json, add_work, settings, work_folder, write_json
-from netqueue.bench.processes import presence as query
+from netqueue import Problem
+from netqueue.bench.frame.comparison import medians
+from netqueue.bench.frame.mirrors import open_mirror
+from netqueue.bench.frame.options import (add_json, add_number, add_only, add_repeat, add_work, settings,
+                                          write_json)
+from netqueue.bench.frame.process import Process
+from netqueue.bench.frame.trees import enter_venv, patched_tree
+from netqueue.bench.frame.workfolder import work_folder
+from netqueue.bench.processes.presence import object_name, object_size
 from netqueue.lab.build import Build, BuildMirror
-from netqueue.lab.certificates import make_certificates, trust
+from netqueue.lab.certificates import make_certificates
 from netqueue.lab.delay import delayed
-from netqueue.lab.mirror import serve
-from netqueue.lab.trees import checkout, shared_tree
+from netqueue.lab.trees import shared_tree
 from netqueue.progress import Progress
 
+PROCESS = "netqueue.bench.processes.presence"
 # Requests in flight on a connection at most
 DEPTH = 64
 SECONDS = 900
@@ -65,32 +64,17 @@ def bench_checkhashes(sq_data, d, **kwargs):
 """
 
 
-def positive(text):
-    if not (text.isdigit() and int(text) > 0):
-        raise Problem("%s is not a number from 1" % text)
-    return int(text)
-
-
 def add_options(parser):
     parser.add_argument("--protocol", choices=PROTOCOLS, action="append", metavar="P",
                         help="http, https or sftp; may be given more than once (default: all of them)")
-    parser.add_argument("--objects", type=positive, default=2000, metavar="N",
-                        help="objects that patched bitbake asks for, on one connection four times as many "
-                             "(default: %(default)s)")
-    parser.add_argument("--stock-objects", type=positive, default=40, metavar="N",
-                        help="objects that stock bitbake asks for, on one connection a quarter (default: %(default)s)")
-    parser.add_argument("--many", type=positive, default=100000, metavar="N",
-                        help="objects whose memory is measured, against a tenth of them (default: %(default)s)")
-    parser.add_argument("--build-objects", type=positive, default=40, metavar="N",
-                        help="objects of the real builds (default: %(default)s)")
-    parser.add_argument("--connections", type=positive, default=4, metavar="N",
-                        help="connections of patched and threads of stock bitbake (default: %(default)s)")
-    parser.add_argument("--delay", type=positive, default=20, metavar="MS",
-                        help="round trip time in milliseconds (default: %(default)s)")
-    parser.add_argument("--repeat", type=positive, default=3, metavar="N",
-                        help="queries of each kind; the median counts (default: %(default)s)")
-    parser.add_argument("--part", choices=PARTS, action="append", metavar="P",
-                        help="only this: %s; may be given more than once" % ", ".join(PARTS))
+    add_number(parser, "--objects", 2000, "objects that patched bitbake asks for, on one connection four times as many")
+    add_number(parser, "--stock-objects", 40, "objects that stock bitbake asks for, on one connection a quarter")
+    add_number(parser, "--many", 100000, "objects whose memory is measured, against a tenth of them")
+    add_number(parser, "--build-objects", 40, "objects of the real builds")
+    add_number(parser, "--connections", 4, "connections of patched and threads of stock bitbake")
+    add_number(parser, "--delay", 20, "round trip time in milliseconds", metavar="MS")
+    add_repeat(parser, 3, "queries of each kind; the median counts")
+    add_only(parser, "--part", PARTS)
     add_json(parser)
     add_work(parser)
 
@@ -119,66 +103,6 @@ def run(options):
     if problems:
         raise Problem("; ".join(map(str, problems)))
     return 0
-
-
-def enter_venv():
-    """Start the command anew with what the demo's layer needs, if it is not there."""
-    if not importlib.util.find_spec("zstandard"):
-        python = str(environment.ensure_venv(ROOT / "build" / "venv"))
-        sys.stdout.flush()
-        os.execv(python, [python] + sys.argv)
-
-
-def patched_tree():
-    """NETQUEUE_PATCHED_LIB names the lib folder of another one, for development, as for the tests."""
-    lib = os.environ.get("NETQUEUE_PATCHED_LIB")
-    return checkout(Path(lib).parent) if lib else shared_tree(patched=True)
-
-
-# Mirrors
-
-@dataclasses.dataclass
-class Mirror:
-    """A mirror of mirror.py or sshd.py, and what differs between the two."""
-    served: object
-    variables: dict     # of the environment of who asks
-    logs: str           # files with a line for each request
-
-    def url_behind(self, port):
-        """Its URL at another port of this machine."""
-        parts = urllib.parse.urlsplit(self.served.url)
-        return urllib.parse.urlunsplit(parts._replace(netloc="%s:%d" % (parts.hostname, port)))
-
-
-class SSHMirror(Mirror):
-    def url_behind(self, port):
-        # ssh knows the key by the port
-        hosts = self.served.work / "known_hosts"
-        line = hosts.read_text().splitlines()[0]
-        with open(hosts, "a") as output:
-            output.write("[127.0.0.1]:%d %s\n" % (port, line.partition(" ")[2]))
-        return super().url_behind(port)
-
-
-@contextlib.contextmanager
-def open_mirror(protocol, folder, home, certificates, log=False, keepalive=1000):
-    """Serve folder; yields a Mirror. home is the HOME of who asks.
-
-    log: whether requests are counted. keepalive: requests until a connection is ended, nginx's default.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    if protocol == "sftp":
-        from netqueue.lab import sshd
-        with sshd.serve(folder, log=log) as served:
-            path = "%s:%s" % (served.tools, os.environ.get("PATH", os.defpath))
-            yield SSHMirror(served, {"HOME": str(home), "PATH": path}, "%s/sessions/*" % served.work)
-        return
-    with serve(folder, protocol, server="nginx", server_extra="log_not_found off;", certificates=certificates,
-               keepalive_requests=keepalive) as served:
-        variables = {"HOME": str(home)}
-        if served.ca_file:
-            variables.update(trust(served.ca_file, home))
-        yield Mirror(served, variables, "%s/access.log" % served.work)
 
 
 class Bench:
@@ -223,7 +147,7 @@ class Bench:
                         row["runs"].append(self.ask(row, *places[row["part"]]))
                         self.progress.done()
         for row in rows:
-            row.update({name: statistics.median(run[name] for run in row["runs"]) for name in row["runs"][0]})
+            row.update(medians(row["runs"]))
             row["objects_per_second"] = row["objects"] / row["seconds"]
             if row["part"] == "single":
                 row["share"] = row["objects_per_second"] * seconds / DEPTH
@@ -247,21 +171,15 @@ class Bench:
                  "runs": []} for tree, count in cells]
 
     def ask(self, row, mirror, url):
-        """Run processes/presence.py once"""
+        """One query, by a process"""
+        folder = tempfile.mkdtemp(prefix="query-", dir=self.work)
         arguments = {"lib": str(self.trees[row["tree"]].path / "lib"), "patched": row["tree"] == "patched", "url": url,
                      "objects": row["objects"], "files": self.files, "connections": row["connections_allowed"],
-                     "variables": mirror.variables}
+                     "variables": mirror.variables, "folder": folder}
         mirror.served.reset()
-        try:
-            done = subprocess.run([sys.executable, query.__file__, json.dumps(arguments)], stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=SECONDS,
-                                  env=dict(os.environ, **mirror.variables))
-        except subprocess.TimeoutExpired as error:
-            raise Problem("%(protocol)s, %(part)s, %(tree)s: no end within " % row + "%d s" % SECONDS) from error
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["it said nothing"]
-            raise Problem("%(protocol)s, %(part)s, %(tree)s: " % row + lines[-1])
-        return dict(json.loads(done.stdout.splitlines()[-1]), connections=mirror.served.counters().connections)
+        with Process(PROCESS, arguments, "%(protocol)s, %(part)s, %(tree)s" % row, mirror.variables) as process:
+            done = process.answer()
+        return dict(done, connections=mirror.served.counters().connections)
 
     # Builds
 
@@ -290,10 +208,7 @@ class Bench:
         build = Build(folder, self.trees[name], objects=self.options.build_objects, levels=1, threads=BUILD_THREADS,
                       mirror=BuildMirror(mirror.served.url), extra_conf=extra)
         (build.layer / "classes" / "bench-mark.bbclass").write_text(MARK)
-        variables = dict(mirror.variables)
-        if "PATH" in variables:
-            variables["PATH"] = "%s:%s" % (mirror.served.tools, build.environment["PATH"])
-        build.environment.update(variables)
+        mirror.equip(build)
         return build
 
     def fill(self):
@@ -301,11 +216,8 @@ class Bench:
         self.progress.step("filling a mirror with %d objects" % self.options.build_objects)
         with Build(self.work / "fill", self.trees["stock"], objects=self.options.build_objects, levels=1,
                    threads=BUILD_THREADS) as build:
-            result = build.run(["demo-all"], timeout=SECONDS)
-            archives = build.archives()
-            if result.returncode or len(archives) != self.options.build_objects:
-                raise Problem("the mirror could not be filled: bitbake ended with %d" % result.returncode)
-            absent = archives[1::2]
+            build.make_objects()
+            absent = build.archives()[1::2]
             # The recipe's name: it is the same with percent signs in the path, and unlike the hash no other's
             self.absent = [archive.name.split(":")[1].encode() for archive in absent]
             for archive in absent:
@@ -322,11 +234,11 @@ class Bench:
 
 
 def make_files(folder, count):
-    """Each second of the objects that processes/presence.py asks for."""
+    """Each second of the objects that are asked for"""
     for number in range(0, count, 2):
-        path = folder / query.object_name(number)
+        path = folder / object_name(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x" * query.object_size(number))
+        path.write_bytes(b"x" * object_size(number))
     return folder
 
 

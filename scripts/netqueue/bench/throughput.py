@@ -21,14 +21,15 @@ interval of the sign test.
 
 import contextlib
 import os
-import statistics
 import sys
 from pathlib import Path
 
 from netqueue import Problem
-from netqueue.bench.frame.comparison import Process, ratio, rotated
-from netqueue.bench.frame.workfolder import add_json, add_work, settings, work_folder, write_json
-from netqueue.bench.presence import patched_tree, positive
+from netqueue.bench.frame.comparison import medians, ratio, take_turns
+from netqueue.bench.frame.options import add_json, add_number, add_only, add_work, settings, write_json
+from netqueue.bench.frame.process import Process
+from netqueue.bench.frame.trees import patched_tree
+from netqueue.bench.frame.workfolder import work_folder
 from netqueue.lab.certificates import make_certificates, trust
 from netqueue.lab.mirror import serve
 from netqueue.progress import Progress
@@ -42,18 +43,13 @@ def add_options(parser):
     parser.add_argument("--protocol", choices=("http", "https"), default="http", metavar="P",
                         help="http or https (default: %(default)s)")
     parser.add_argument("--against", metavar="TREE", help="another bitbake tree with shared connections")
-    parser.add_argument("--mode", choices=MODES, action="append", metavar="M",
-                        help="only this: %s; may be given more than once" % ", ".join(MODES))
-    parser.add_argument("--turns", type=positive, default=7, metavar="N",
-                        help="turns of each; one more before is not counted (default: %(default)s)")
-    parser.add_argument("--connections", type=positive, default=4, metavar="N",
-                        help="BB_CONNECTION_CACHE_MAX (default: %(default)s)")
-    parser.add_argument("--files", type=positive, default=4000, metavar="N", help="small files (default: %(default)s)")
-    parser.add_argument("--size", type=positive, default=4096, metavar="N",
-                        help="bytes of the smallest file, each other has one more (default: %(default)s)")
-    parser.add_argument("--large-files", type=positive, default=8, metavar="N", help="large files (default: %(default)s)")
-    parser.add_argument("--large-size", type=positive, default=40, metavar="N",
-                        help="MiB of a large file (default: %(default)s)")
+    add_only(parser, "--mode", MODES)
+    add_number(parser, "--turns", 7, "turns of each; one more before is not counted")
+    add_number(parser, "--connections", 4, "BB_CONNECTION_CACHE_MAX")
+    add_number(parser, "--files", 4000, "small files")
+    add_number(parser, "--size", 4096, "bytes of the smallest file, each other has one more")
+    add_number(parser, "--large-files", 8, "large files")
+    add_number(parser, "--large-size", 40, "MiB of a large file")
     add_json(parser)
     add_work(parser)
 
@@ -76,12 +72,13 @@ def measure(options, libs, work):
     """{(mode, name of the tree): [what processes/throughput.py says of each turn]}"""
     modes = [mode for mode in MODES if mode in (options.mode or MODES)]
     # As in reality they differ: what looks alike is not in flight together on an HTTP connection
-    sizes = {"small": [options.size + number for number in range(options.files)], "large": [options.large_size * MIB] * options.large_files}
+    sizes = {"small": [options.size + number for number in range(options.files)],
+             "large": [options.large_size * MIB] * options.large_files}
     root = make_files(work / "files", sizes)
     folder = work / "fetched"
     folder.mkdir()
     progress = Progress(sys.stderr)
-    runs = {(mode, name): [] for mode in modes for name in libs}
+    runs = {}
     with contextlib.ExitStack() as stack:
         certificates = make_certificates(work / "tls") if options.protocol == "https" else None
         mirror = stack.enter_context(serve(root, options.protocol, server="nginx", certificates=certificates))
@@ -93,11 +90,8 @@ def measure(options, libs, work):
             process.answer()
         for mode in modes:
             progress.step("%s, %s" % (options.protocol, mode))
-            for turn in range(-1, options.turns):
-                for name in rotated(list(libs), turn + 1):
-                    done = processes[name].ask(mode)
-                    if turn >= 0:
-                        runs[mode, name].append(done)
+            turns = take_turns(list(libs), options.turns, lambda name: processes[name].ask(mode))
+            runs.update({(mode, name): results for name, results in turns.items()})
             progress.done()
     return runs
 
@@ -113,13 +107,14 @@ def make_files(folder, sizes):
 def summarise(options, runs):
     report = {"options": settings(options), "modes": {}, "ratios": {}}
     for (mode, name), results in runs.items():
-        values = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        values = medians(results)
         if mode != "compute busy" and mode.endswith("busy") and ("compute busy", name) in runs:
             alone = [result["steps_per_second"] for result in runs["compute busy", name]]
-            values["pace_kept"] = ratio([result["steps_per_second"] for result in results], alone)[0]
+            values["pace_kept"] = ratio([result["steps_per_second"] for result in results], alone).median
         report["modes"]["%s, %s" % (mode, name)] = dict(values, runs=results)
         if name == "patched" and (mode, "other") in runs and mode != "compute busy":
-            report["ratios"][mode] = ratio(*[[result["per_second"] for result in runs[mode, one]] for one in ("patched", "other")])
+            patched, other = ([result["per_second"] for result in runs[mode, one]] for one in ("patched", "other"))
+            report["ratios"][mode] = ratio(patched, other)
     return report
 
 
@@ -132,6 +127,6 @@ def table(options, report):
         if not title.startswith("compute"):
             kept = "%12.2f" % values["pace_kept"] if "pace_kept" in values else ""
             lines.append("%-24s %12.1f %14.4f %12s" % (title, values["per_second"], values["cpu_ms"], kept))
-    for mode, (median, low, high, sure) in report["ratios"].items():
-        lines.append("%-24s %12.2f   (%.2f to %.2f, sure to %.1f %%)" % (mode + ": patched / other", median, low, high, 100 * sure))
+    for mode, one in report["ratios"].items():
+        lines.append("%-24s %12.2f   (%s)" % (mode + ": patched / other", one.median, one.interval_text(2)))
     return "\n".join(lines)

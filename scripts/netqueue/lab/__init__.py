@@ -8,7 +8,8 @@
     objects.py          the content of the objects
     bitbakerun.py       one run of bitbake
     processes.py        the processes of a build, and their end
-    mirror.py           an HTTP mirror that counts: nginx.py, or ownserver.py where nginx is missing; counters.py has what it counts
+    mirror.py           an HTTP mirror that counts: nginx.py, or ownserver.py where nginx is missing
+    counters.py         what it counts
     sshd.py             an SFTP mirror that counts
     serverprocess.py    what nginx.py and sshd.py share
     certificates.py     the certificates of HTTPS mirrors

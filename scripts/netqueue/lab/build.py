@@ -20,7 +20,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Optional
 
+from netqueue import Problem
 from netqueue.lab import objects as demo_objects
 from netqueue.lab.bitbakerun import Running
 from netqueue.lab.certificates import trust
@@ -36,6 +38,7 @@ class BuildMirror:
     """What a Build has to know of a mirror that is none of mirror.py or sshd.py."""
     url: str
     ca_file: None = None
+    tools: Optional[Path] = None    # a folder that PATH needs to ask it
 
 
 class Build:
@@ -158,6 +161,12 @@ class Build:
         progress, if given, is called with the console output so far, twice a second.
         """
         return self.start(arguments).wait(timeout, progress)
+
+    def make_objects(self, progress=None, timeout=3600):
+        """Make all objects, in SSTATE_DIR. Raises Problem."""
+        result = self.run([self.target], timeout=timeout, progress=progress)
+        if result.returncode or len(self.archives()) != len(self.sizes):
+            raise Problem("the objects could not be made: bitbake ended with %d" % result.returncode)
 
     def stop(self):
         """End everything of this build that still runs: a resident server, above all."""

@@ -200,10 +200,10 @@ class TargetBuild(OEBuild):
         self.target = target
         super().__init__(directory, tree, objects=0, **options)
 
-    def make_objects(self, progress=None):
+    def make_objects(self, progress=None, timeout=SECONDS):
         """Make up the objects that the target needs, in SSTATE_DIR. Raises Problem if they cannot be restored."""
         arguments = ["--setscene-only", self.target]
-        result = self.run(["-DD", *arguments], timeout=SECONDS, progress=progress)
+        result = self.run(["-DD", *arguments], timeout=timeout, progress=progress)
         if result.returncode:
             raise Problem("bitbake %s ended with %d" % (self.target, result.returncode))
         made = self.directory / "made-up"
@@ -213,7 +213,7 @@ class TargetBuild(OEBuild):
         # Not all of them are installed: those that are leave a link
         self.mirror = BuildMirror("file://%s" % made)
         self.write()
-        result = self.run(arguments, timeout=SECONDS, progress=progress)
+        result = self.run(arguments, timeout=timeout, progress=progress)
         for path in self.sstate.rglob("sstate:*"):
             path.resolve().rename(path)
         restored, archives = len(self.restored()), len(self.archives())

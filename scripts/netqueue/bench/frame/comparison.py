@@ -1,71 +1,48 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""What benchmarks whose variants take turns have in common: their processes, and what the ratios say.
+"""Variants that take turns, and what their figures say.
 
-bb cannot be imported twice, so each variant is a process, which lives as long
-as the measurement: a machine that becomes slower does so for all. The ratio
-to count is then that of one turn, and the median of these.
+A machine that becomes slower does so for all. So the ratio to count is that of
+one turn, and the median of these.
 
-    with Process("netqueue.bench.processes.dispatch", arguments, "stock") as process:
-        process.answer()            # it is ready
-        process.ask(25)             # a turn
-    median, low, high, sure = ratio(stock, patched)
+    runs = take_turns(("stock", "patched"), 9, build)       # {"stock": [figures, ...], "patched": ...}
+    median, low, high, sure = ratio([one["seconds"] for one in runs["patched"]], [one["seconds"] for one in runs["stock"]])
 """
 
-import contextlib
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
+from typing import NamedTuple
 
-from netqueue import ROOT, Problem
-
-SECONDS = 1800
 LEVEL = 0.95
 
 
-class Process:
-    """A module with a JSON argument. Each line that it is sent it answers with a JSON line.
+class Ratio(NamedTuple):
+    """The median of ratios, and its interval()"""
+    median: float
+    low: float
+    high: float
+    sure: float
 
-    name: for messages. variables: for its environment.
+    def interval_text(self, decimals):
+        return "%.*f to %.*f, sure to %.1f %%" % (decimals, self.low, decimals, self.high, 100 * self.sure)
+
+
+def take_turns(variants, count, run, warm_up=True, progress=None, title=""):
+    """{variant: [what run(variant) returns in each turn]}, of so many turns, each begun by another variant.
+
+    warm_up: one more turn before is not counted. progress, if given, has a step of that title for each turn.
     """
-
-    def __init__(self, module, arguments, name, variables=None):
-        self.name = name
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([sys.executable, "-m", module, json.dumps(arguments)],
-                                        cwd=ROOT / "scripts", env=dict(os.environ, **(variables or {})),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
-        # Whatever it does, it ends
-        self.timer = threading.Timer(SECONDS, self.process.kill)
-        self.timer.start()
-
-    def ask(self, what):
-        with contextlib.suppress(BrokenPipeError):
-            print(what, file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            raise Problem("%s: %s" % (self.name, (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]))
-        return json.loads(line)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.timer.cancel()
-        self.process.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.communicate()
-        self.errors.close()
+    results = {variant: [] for variant in variants}
+    for turn in range(-1 if warm_up else 0, count):
+        if progress:
+            progress.step("%s, %s" % (title, "turn %d of %d" % (turn + 1, count) if turn >= 0 else "once before"))
+        for variant in rotated(variants, turn):
+            result = run(variant)
+            if turn >= 0:
+                results[variant].append(result)
+        if progress:
+            progress.done()
+    return results
 
 
 def rotated(variants, turn):
@@ -76,10 +53,30 @@ def rotated(variants, turn):
     return order[::-1] if turn // count % 2 else order
 
 
+def medians(results):
+    """Of each figure of the results, which are dictionaries, the median"""
+    return {name: statistics.median(result[name] for result in results) for name in results[0]}
+
+
+def summarise(runs, against):
+    """What take_turns() has returned, by variant: {figure: median, figure + "_min", "ratios": {figure: Ratio}, "runs"}.
+
+    The ratios are those to the variant against.
+    """
+    rows = {}
+    for variant, results in runs.items():
+        row = rows[variant] = {"runs": results, "ratios": {}}
+        for name, median in medians(results).items():
+            values = [result[name] for result in results]
+            row[name], row[name + "_min"] = median, min(values)
+            row["ratios"][name] = ratio(values, [result[name] for result in runs[against]])
+    return rows
+
+
 def ratio(values, others):
-    """Of the ratios value / other of each turn the median, and its interval(). Four numbers."""
+    """The Ratio of what the same turns gave"""
     ratios = [value / other for value, other in zip(values, others)]
-    return (statistics.median(ratios),) + interval(ratios)
+    return Ratio(statistics.median(ratios), *interval(ratios))
 
 
 def interval(values):

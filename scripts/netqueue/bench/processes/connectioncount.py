@@ -1,10 +1,11 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""The processes of `scripts/bench lanes`: bench/connectioncount.py starts them. Argument: a JSON object, see main()."""
+"""The requests of one variant of `scripts/bench lanes`: bench/connectioncount.py starts it as a process.
 
-import http.server
+Argument: a JSON object, see main(). It writes {"seconds": 0.25, "connections": 4}.
+"""
+
 import json
-import os
 import sys
 import tempfile
 import time
@@ -13,14 +14,7 @@ import time
 SECONDS = 300
 
 
-def main(folder, serve=None, **arguments):
-    if serve:
-        serve_slowly(folder, serve)
-    else:
-        ask(folder=folder, **arguments)
-
-
-def ask(lib, url, files, connections, most, folder):
+def main(lib, url, files, connections, most, folder):
     """
     HEADs of all files, or GETs into files in folder, all at once. Writes how many seconds that took, and the largest
     number of connections that there were.
@@ -49,24 +43,6 @@ def ask(lib, url, files, connections, most, folder):
             sys.exit("no answer within %d s" % SECONDS)
     print(json.dumps({"seconds": time.monotonic() - started, "connections": peak}), flush=True)
     server.stop()
-
-
-def serve_slowly(folder, seconds):
-    """Serve a folder until the end, with so many seconds for each answer. Writes the port."""
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def send_head(self):
-            time.sleep(seconds)
-            return super().send_head()
-
-        def log_message(self, *args):
-            pass
-
-    os.chdir(folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    print(json.dumps(server.server_address[1]), flush=True)
-    server.serve_forever()
 
 
 if __name__ == "__main__":

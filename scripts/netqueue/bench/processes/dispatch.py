@@ -1,6 +1,6 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""One variant of `scripts/bench dispatch`: bench/commandline.py starts it as a process.
+"""One variant of `scripts/bench dispatch`: bench/dispatch.py starts it as a process.
 
 bitbake's own RunQueueExecute and its scheduler choose and start tasks of which
 all can be started at once: one waits for nothing, and half of them, say, have
@@ -9,7 +9,7 @@ reads from the workers, the oldest first. What is measured is execute() alone,
 without its first call: that sorts all tasks in a way that the series does not
 touch, which takes as long as some thousand of the other calls.
 
-Argument: a JSON object, see bench/commandline.py. For each line of its input that many
+Argument: a JSON object, see bench/dispatch.py. For each line of its input that many
 tasks are started, and a JSON object is written: {"seconds": 0.25, "calls": 26,
 "peak": 4}. One without seconds comes before, when all is prepared.
 """
@@ -107,7 +107,7 @@ def make_data(count, setscene, share):
 def make_queue(bb, d, rqdata):
     """
     A RunQueue whose rqexe has been called once. ended is how many tasks have ended, peak how many that use the
-    network ran at a time. Tasks end whenever may_end, which can be replaced, allows it.
+    network ran at a time.
     """
     class Queue(bb.runqueue.RunQueue):
         """The real one, but for the workers and the preparation"""
@@ -116,7 +116,6 @@ def make_queue(bb, d, rqdata):
             super().__init__(cooker, cfgData, rqdata.dataCaches, rqdata.taskData, [])
             self.rqdata = rqdata
             self.ended = self.peak = 0
-            self.may_end = lambda: True
 
         def validate_hash(self, sq_data, *args):
             return set(sq_data["hash"])
@@ -125,7 +124,7 @@ def make_queue(bb, d, rqdata):
             """The oldest task has ended, once all threads are busy or nothing else can be started"""
             active = list(self.rqexe.build_stamps)
             self.peak = max(self.peak, sum(tid in rqdata.network for tid in active))
-            if active and (not self.rqexe.can_start_task() or self.idle == len(active)) and self.may_end():
+            if active and (not self.rqexe.can_start_task() or self.idle == len(active)):
                 self.rqexe.runqueue_process_waitpid(active[0], 0)
                 self.ended += 1
                 self.idle = -1

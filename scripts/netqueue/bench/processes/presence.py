@@ -8,19 +8,16 @@ openembedded-core's sstate_checkhashes() does, a Fetch for each object in
 threads that share connections as far as fetch2 can. Both without progress
 events. Of the first `files` objects each second exists. The answers are checked.
 
-Argument: a JSON object, see main(). Writes one as its last line, see measure().
+Argument: a JSON object, see main(). Writes one, see measure().
 """
 
-import atexit
 import contextlib
 import hashlib
 import json
 import os
 import queue
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,15 +35,14 @@ def object_size(number):
     return 1 + number % 4000
 
 
-def main(lib, patched, url, objects, files, connections, variables):
+def main(lib, patched, url, objects, files, connections, variables, folder):
+    """folder: an empty one, which bitbake makes other folders in"""
     sys.path.insert(0, lib)
     import bb.server.process
     import bb.data
     import bb.event
     import bb.fetch2
 
-    folder = tempfile.mkdtemp(prefix="netqueue-query-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     d = make_datastore(bb, url, variables, folder)
     asked = [("recipe-%d.bb:do_populate_sysroot" % number, "file://" + object_name(number)) for number in range(objects)]
     expected = {asked[number][0]: object_size(number) for number in range(0, min(objects, files), 2)}
@@ -59,7 +55,7 @@ def main(lib, patched, url, objects, files, connections, variables):
     answers = done.pop("answers")
     if answers != expected:
         sys.exit("wrong answers: %d of %d objects exist, not %d" % (len(answers), objects, len(expected)))
-    print(json.dumps(done))
+    print(json.dumps(done), flush=True)
 
 
 def make_datastore(bb, url, variables, folder):
