@@ -10,8 +10,8 @@
 
 Beside them: command.py for the command lines, environment.py for what a fresh
 machine lacks, progress.py. series and fuzz import none of the others, lab
-only series, bench series and lab, demo only lab; tests/unit/test_imports.py
-checks that. None of it becomes part of bitbake.
+only series, bench and demo only lab; tests/unit/test_imports.py checks that.
+None of it becomes part of bitbake.
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ FOLDER = ROOT / "scripts" / "netqueue"
 # Not part of the package: what becomes part of a bitbake tree
 OTHERS = FOLDER / "lab" / "launchers"
 # Package: those that it may import beside itself and the modules of netqueue/
-ALLOWED = {"series": set(), "lab": {"series"}, "fuzz": set(), "bench": {"series", "lab"}, "demo": {"lab"}}
+ALLOWED = {"series": set(), "lab": {"series"}, "fuzz": set(), "bench": {"lab"}, "demo": {"lab"}}
 
 
 def modules():
