@@ -211,3 +211,58 @@ def test_paths_stay_inside(path):
 def test_series_names_follow_order(branch):
     start = git(branch.bitbake, "rev-parse", "master").strip()
     assert [name[:4] for name in export_series(branch.bitbake, start)] == ["0001", "0002", "0003", "0004"]
+
+
+@pytest.fixture
+def topics(branch):
+    """branch, with the first two patches in one topic and the others in another one that has a cover letter."""
+    folder = branch.project / "patches/master/bitbake"
+    for topic, paths in (("1-pool", sorted(folder.glob("*.patch"))[:2]), ("2-rest", sorted(folder.glob("*.patch"))[2:])):
+        (folder / topic).mkdir()
+        for number, path in enumerate(paths, 1):
+            path.rename(folder / topic / ("%04d%s" % (number, path.name[4:])))
+    put(branch.project, "patches/master/bitbake/2-rest/cover.md", "# The rest\n")
+    return branch
+
+
+def patch_paths(made):
+    folder = made.project / "patches/master/bitbake"
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.*"))]
+
+
+def test_topics_stay(topics):
+    before = patch_paths(topics)
+    assert before == ["1-pool/0001-connections-add-a-pool.patch", "1-pool/0002-runqueue-use-the-pool.patch",
+                      "2-rest/0001-doc-describe-the-pool.patch", "2-rest/0002-bin-pool-add-a-program.patch", "2-rest/cover.md"]
+    assert export(topics, "--check").returncode == 0
+    assert export(topics).returncode == 0
+    assert patch_paths(topics) == before
+
+
+def test_new_patch_is_of_the_topic_before_it(topics):
+    put(topics.bitbake, "doc/new.rst", "new\n")
+    commit(topics.bitbake, "doc: add a page\n\nThe reason.\n")
+    assert export(topics).returncode == 0
+    assert "2-rest/0003-doc-add-a-page.patch" in patch_paths(topics)
+
+
+def test_topics_out_of_order(topics):
+    folder = topics.project / "patches/master/bitbake"
+    (folder / "2-rest/0001-doc-describe-the-pool.patch").rename(folder / "1-pool/0003-doc-describe-the-pool.patch")
+    (folder / "1-pool/0002-runqueue-use-the-pool.patch").rename(folder / "2-rest/0003-runqueue-use-the-pool.patch")
+    assert_refused(export(topics), "is of the topic 1-pool, but comes after those of 2-rest")
+
+
+def test_apply_some_topics(topics):
+    git(topics.bitbake, "checkout", "--quiet", "master")
+    done = run("apply", topics.bitbake, "--topics", "1", project=topics.project)
+    assert done.returncode == 0, done.stderr
+    assert "2 bitbake patches" in done.stdout and done.stdout.splitlines()[-1] == "variables: none"
+    assert git(topics.bitbake, "log", "--format=%s", "master..").splitlines() == ["runqueue: use the pool", "connections: add a pool"]
+
+
+@pytest.mark.parametrize("text", ["", "x", "3-1", "1-", "1,,2"])
+def test_topics_that_are_none(topics, text):
+    done = run("apply", topics.bitbake, "--topics", text, project=topics.project)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("apply: topics are numbers like ") and done.stderr.count("\n") == 1

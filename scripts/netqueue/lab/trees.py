@@ -74,8 +74,8 @@ def pinned_package(base="master"):
         raise Problem("%s names no package for the base %s (%r)" % (BASES, base, error)) from error
 
 
-def make_tree(dest, patched, cache, base="master"):
-    """Return a Tree at dest, made anew only when anything it is made from has changed.
+def make_tree(dest, patched, cache, base="master", topics=None):
+    """Return a Tree at dest, made anew only when anything it is made from has changed; topics: of the series only these.
 
     Blocks for the download (first time) and while another process makes the
     same tree. Raises Problem when the package cannot be had or a patch
@@ -83,14 +83,14 @@ def make_tree(dest, patched, cache, base="master"):
     """
     dest, cache = Path(dest).absolute(), Path(cache).absolute()
     package = pinned_package(base)
-    digest = _digest(package, patched, base)
+    digest = _digest(package, patched, base, topics)
     dest.parent.mkdir(parents=True, exist_ok=True)
     with open(str(dest) + ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         made = _read_stamp(dest, digest)
         if made is None:
             wheel = download(package, cache)
-            made = _build(dest, wheel, patched, base, digest)
+            made = _build(dest, wheel, patched, base, digest, topics)
     return Tree(dest, name="patched" if patched else "stock", applied=made["applied"],
                 not_applicable=made["not_applicable"])
 
@@ -141,7 +141,7 @@ def _pip_download(package, cache):
                       % (package["name"], package["version"], lines[-1]))
 
 
-def _build(dest, wheel, patched, base, digest):
+def _build(dest, wheel, patched, base, digest, topics):
     work = dest.with_name("%s.new-%d" % (dest.name, os.getpid()))
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -151,7 +151,7 @@ def _build(dest, wheel, patched, base, digest):
                         ignore=shutil.ignore_patterns("__pycache__"))
         made = {"digest": digest, "applied": [], "not_applicable": []}
         if patched and any((ROOT / "patches" / base).rglob("*.patch")):
-            done = patches.apply_to_plain_tree(work, base)
+            done = patches.apply_to_plain_tree(work, base, topics=topics)
             made["applied"] = list(done.applied)
             made["not_applicable"] = list(done.not_applicable)
         (work / STAMP).write_text(json.dumps(made, indent=1) + "\n")
@@ -177,9 +177,9 @@ def _read_stamp(dest, digest):
     return made if made.get("digest") == digest else None
 
 
-def _digest(package, patched, base):
+def _digest(package, patched, base, topics):
     """Of everything a tree is made from: the pin, the launchers, this module, the series."""
-    digest = hashlib.sha256(json.dumps([package, patched], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([package, patched, sorted(topics or ())], sort_keys=True).encode())
     files = [Path(__file__)] + _files(LAUNCHERS)
     if patched:
         files += _files(ROOT / "patches" / base) + [BASES]

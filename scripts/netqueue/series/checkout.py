@@ -55,8 +55,8 @@ class Target:
         return sum(len(part.patches) for part in self.parts)
 
 
-def find_targets(tree, project=ROOT):
-    """The targets below tree with their base and its patches. Raises Problem."""
+def find_targets(tree, project=ROOT, topics=None):
+    """The targets below tree with their base and its patches; topics: only those of these numbers. Raises Problem."""
     tree = Path(tree)
     if not tree.is_dir():
         raise Problem("%s is not a folder" % tree)
@@ -65,7 +65,7 @@ def find_targets(tree, project=ROOT):
     base = find_base(parts, load_bases(project))
     targets: Dict[Path, Target] = {}
     for part in parts:
-        part.patches = load_series(base, part.name, project)
+        part.patches = load_series(base, part.name, project, topics)
         part.repo = _repository(part)
         if part.repo:
             part.prefix = part.root.relative_to(part.repo).as_posix().strip(".")

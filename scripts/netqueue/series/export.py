@@ -14,19 +14,20 @@ patches/ is what `git am` will make of it. The format is git-format-patch's.
 
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 
 from netqueue import ROOT, Problem
 from netqueue.series.checkout import check_clean, find_base, find_parts
 from netqueue.series.git import EMAIL, NAME, GitError, git, git_bytes, git_ok
-from netqueue.series.patches import load_bases, parse_patch
+from netqueue.series.patches import load_bases, parse_patch, patch_files, remove_file
 
 # Of every patch: an edit must not change the head of the others, nor a re-export that of any.
 DATE = "Tue, 1 Sep 2026 00:00:00 +0000"
 
 OVERLAY = "bitbake-overlay"
+# The cover letter of a topic, which is no commit
+COVER = "cover.md"
 SUBJECT_LIMIT = 90
 
 _DIFF = ("-p", "--full-index", "--binary", "--no-renames", "--no-ext-diff", "--no-textconv", "--no-color",
@@ -54,8 +55,8 @@ def export_tree(tree, base=None, project=ROOT):
         _check_checkout(part.root)
         start = bases[base][part.name]["commit"]
         folder = "patches/%s/%s" % (base, part.name)
-        patches = export_series(part.root, start)
-        if not patches and any((Path(project) / folder).glob("*.patch")):
+        patches = export_series(part.root, start, _topics(patch_files(base, part.name, project)))
+        if not patches and any((Path(project) / folder).rglob("*.patch")):
             raise Problem("%s has no commits after its base %s: is the branch checked out?" % (part.root, start[:12]))
         files[folder] = {name: (content, False) for name, content in patches.items()}
         if part.name == "bitbake" and base == "master":
@@ -69,8 +70,17 @@ def _check_checkout(root):
     check_clean(root)
 
 
-def export_series(repo, start):
-    """{file name: content} of the commits start..HEAD. Raises Problem."""
+def _topics(paths):
+    """{subject in the name of the file: topic} of patches that were exported before"""
+    return {path.name[5:]: path.parent.name if re.match("[0-9]+-", path.parent.name) else "" for path in paths}
+
+
+def export_series(repo, start, topics=None):
+    """{path: content} of the commits start..HEAD. Raises Problem.
+
+    A commit goes into the topic that a patch of the same subject is in according to topics, else into that of the
+    commit before it.
+    """
     if not git_ok(repo, "cat-file", "-e", start + "^{commit}"):
         raise Problem("%s does not have its base, the commit %s" % (repo, start))
     if not git_ok(repo, "merge-base", "--is-ancestor", start, "HEAD"):
@@ -78,10 +88,16 @@ def export_series(repo, start):
     if git(repo, "rev-list", "--merges", start + "..HEAD").strip():
         raise Problem("%s has merge commits after its base: rebase it" % repo)
     files = {}
-    for number, commit in enumerate(git(repo, "rev-list", "--reverse", start + "..HEAD").split(), 1):
+    topic, number = min((topics or {"": ""}).values()), 0
+    for commit in git(repo, "rev-list", "--reverse", start + "..HEAD").split():
         message = git(repo, "log", "-1", "--format=%B", commit).rstrip("\n") + "\n"
         check_message(message, "%s: commit %s" % (repo, commit[:12]))
-        files["%04d-%s.patch" % (number, slug(message))] = _patch(repo, commit, message)
+        name = slug(message) + ".patch"
+        before, topic = topic, (topics or {}).get(name, topic)
+        if topic < before:
+            raise Problem("%s: commit %s is of the topic %s, but comes after those of %s" % (repo, commit[:12], topic, before))
+        number = number + 1 if topic == before else 1
+        files["%s%04d-%s" % (topic and topic + "/", number, name)] = _patch(repo, commit, message)
     return files
 
 
@@ -180,10 +196,10 @@ def _line(there, wanted):
 
 
 def _committed(folder):
-    """{path: (content, executable)} of the files in one exported folder."""
+    """{path: (content, executable)} of the files in one exported folder, but for what is written by hand."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
+        if path.is_file() and "__pycache__" not in path.parts and path.name != COVER:
             found[path.relative_to(folder).as_posix()] = (path.read_bytes(), os.access(path, os.X_OK))
     return found
 
@@ -192,7 +208,8 @@ def write(files, project=ROOT):
     """Make the exported folders hold exactly these files."""
     for folder, wanted in files.items():
         top = Path(project) / folder
-        shutil.rmtree(top, ignore_errors=True)
+        for path in _committed(top):
+            remove_file(top, path)
         for path, (content, executable) in wanted.items():
             (top / path).parent.mkdir(parents=True, exist_ok=True)
             (top / path).write_bytes(content)

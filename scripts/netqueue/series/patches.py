@@ -8,7 +8,7 @@ they touch; only when all of them fit is the tree written to, and a failure
 while writing puts the old files back. It does not look for git repositories:
 that is checkout.py.
 
-    patches = load_series("master", "bitbake")
+    patches = load_series("master", "bitbake", topics=parse_topics("1-3"))
     done = apply_to_plain_tree(Path("build/trees/patched"))
     print(len(done.applied), "applied,", len(done.not_applicable), "not applicable")
 """
@@ -81,6 +81,11 @@ class Patch:
     def text(self):
         return self.header + self.diff()
 
+    @property
+    def topic(self):
+        """The folder that it is in, as 1-fixes; empty if it is in none"""
+        return "/".join(self.name.split("/")[1:-1])
+
     def diff(self, prefix=""):
         """The diff of the files whose paths start with prefix; empty if there are none."""
         return "".join(section.text for section in self.sections if is_below(section.path, prefix))
@@ -127,29 +132,54 @@ def load_bases(project=ROOT):
         raise Problem("%s is not what it should be: %r" % (path, error)) from error
 
 
-def patch_files(base, part, project=ROOT):
-    """The files of one part of the series, in order."""
-    return sorted((Path(project) / "patches" / base / part).glob("*.patch"))
+def parse_topics(text):
+    """The numbers of topics in a text like 1-3 or 0,2-4. Raises Problem."""
+    numbers = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9])(?:-([0-9]))?", part.strip())
+        if not match or int(match.group(2) or 9) < int(match.group(1)):
+            raise Problem("topics are numbers like 2, 1-3 or 0,2-4, not %s" % text)
+        numbers.update(range(int(match.group(1)), int(match.group(2) or match.group(1)) + 1))
+    return numbers
 
 
-def load_series(base="master", part="bitbake", project=ROOT):
+def patch_files(base, part, project=ROOT, topics=None):
+    """The files of one part of the series, in order, which is that of the topics; topics: only these numbers."""
+    top = Path(project) / "patches" / base / part
+    found = sorted(top.rglob("*.patch"), key=lambda path: path.relative_to(top).parts)
+    return [path for path in found if topics is None or _topic_number(path.parent.name) in topics]
+
+
+def _topic_number(topic):
+    match = re.match(r"([0-9]+)-", topic)
+    return int(match.group(1)) if match else None
+
+
+def load_series(base="master", part="bitbake", project=ROOT, topics=None):
     """The patches of one part of the series, in order; none if there is no such folder. Raises Problem."""
     patches = []
-    for path in patch_files(base, part, project):
+    top = Path(project) / "patches" / base
+    for path in patch_files(base, part, project, topics):
         # newline="": a patch may hold carriage returns.
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as handle:
-            patches.append(parse_patch("%s/%s" % (part, path.name), handle.read()))
+            patches.append(parse_patch(path.relative_to(top).as_posix(), handle.read()))
     return patches
 
 
-def apply_to_plain_tree(tree, base="master", upto=None, project=ROOT):
+def documented_variables(patches):
+    """The variables that the patches add to bitbake's manual, in order."""
+    return [name for patch in patches for section in patch.sections if section.path.startswith("doc/")
+            for name in re.findall(r"^\+   :term:`(BB_\w+)`$", section.text, re.MULTILINE)]
+
+
+def apply_to_plain_tree(tree, base="master", upto=None, project=ROOT, topics=None):
     """Put bitbake's part of the series on TREE/lib/bb, the layout of the PyPI package.
 
-    upto: only that many of the patches. Returns an AppliedSeries. Raises
+    upto: only that many of the patches; topics: only these. Returns an AppliedSeries. Raises
     Problem, and leaves the tree as it was, when a patch does not fit.
     """
     done = AppliedSeries()
-    patches = load_series(base, "bitbake", project)[:upto]
+    patches = load_series(base, "bitbake", project, topics)[:upto]
     for patch in patches:
         (done.applied if patch.paths(PLAIN) else done.not_applicable).append(patch.name)
     change_files(tree, patches, prefix=PLAIN)
