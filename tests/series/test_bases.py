@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from netqueue import ROOT
-from netqueue.series.export import DATE, check_message, slug
+from netqueue.series.export import COVER, DATE, check_message, slug
 from netqueue.series.git import EMAIL, NAME
 from netqueue.series.patches import PARTS, Patch, change_files, load_bases, load_series, patch_files
 from series.synthetic import files
 
 BASES = load_bases()
 FILES = [(base, part, path) for base in BASES for part in PARTS for path in patch_files(base, part)]
+COVERS = [(base, part, path) for base in BASES for part in PARTS for path in (ROOT / "patches" / base / part).glob("*/" + COVER)]
 
 
 def test_bases_are_pinned():
@@ -37,7 +38,7 @@ def test_package_is_pinned():
 
 
 def test_nothing_else_is_in_patches():
-    expected = {"bases.json"} | {path.relative_to(ROOT / "patches").as_posix() for _, _, path in FILES}
+    expected = {"bases.json"} | {path.relative_to(ROOT / "patches").as_posix() for _, _, path in FILES + COVERS}
     assert {path for path, entry in files(ROOT / "patches").items() if entry} == expected
 
 
@@ -48,8 +49,21 @@ def test_versions_tell_the_base():
 
 @pytest.mark.parametrize("base, part", [(base, part) for base in BASES for part in PARTS])
 def test_numbers_are_contiguous(base, part):
-    numbers = [int(path.name[:4]) for path in patch_files(base, part)]
-    assert numbers == list(range(1, len(numbers) + 1))
+    """In each topic"""
+    for topic in {path.parent for path in patch_files(base, part)}:
+        numbers = sorted(int(path.name[:4]) for path in topic.glob("*.patch"))
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_topics(base):
+    """They are numbered from 0, and each has a cover letter without a gap that was left to be filled."""
+    topics = sorted({path.parent.name for path in patch_files(base, "bitbake")})
+    assert [topic.partition("-")[0] for topic in topics] == [str(n) for n in range(len(topics))]
+    assert {path.parent.name for path in patch_files(base, "openembedded-core")} <= set(topics)
+    for topic in topics:
+        text = (ROOT / "patches" / base / "bitbake" / topic / COVER).read_text()
+        assert text.startswith("# ") and "@" not in text
 
 
 @pytest.mark.parametrize("base, part, path", FILES, ids=[path.name for _, _, path in FILES])

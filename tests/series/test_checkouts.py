@@ -11,7 +11,7 @@ from netqueue import ROOT
 from netqueue.lab.oecore import clone
 from netqueue.series.checkout import bitbake_version, oecore_version
 from netqueue.series.git import git
-from netqueue.series.patches import load_bases, patch_files
+from netqueue.series.patches import load_bases, parse_topics, patch_files
 from series.synthetic import run, state
 
 pytestmark = pytest.mark.checkout
@@ -47,6 +47,22 @@ def test_both(bitbake_checkout, oecore_checkout, tmp_path):
     trees = [clone(bitbake_checkout, tmp_path / "one", "bitbake"),
              clone(oecore_checkout, tmp_path / "two", "openembedded-core")]
     round_trip(tmp_path, ["bitbake", "openembedded-core"], trees)
+
+
+@pytest.mark.parametrize("topics, variables", [
+    ("0", "none"), ("1", "none"), ("1-3", "BB_NUMBER_NETWORK_THREADS, BB_CONNECTION_CACHE, BB_CONNECTION_CACHE_MAX")])
+def test_some_topics(bitbake_checkout, oecore_checkout, tmp_path, topics, variables):
+    """Those at the head of the series do not need each other, nor the others those after them"""
+    trees = [clone(bitbake_checkout, tmp_path / "one", "bitbake"),
+             clone(oecore_checkout, tmp_path / "two", "openembedded-core")]
+    before = [state(tree) for tree in trees]
+    done = run("apply", tmp_path, "--topics", topics, project=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "variables: " + variables
+    subjects = git(trees[0], "log", "--format=%s", PINS["bitbake"]["commit"] + "..").splitlines()
+    assert len(subjects) == len(patch_files("master", "bitbake", topics=parse_topics(topics)))
+    assert run("apply", tmp_path, "--topics", topics, "--reverse", project=ROOT).returncode == 0
+    assert [state(tree) for tree in trees] == before
 
 
 def test_poky(poky_checkout, tmp_path):

@@ -99,7 +99,7 @@ def python(tree, home, *arguments):
 
 
 @pytest.mark.skipif(not PLAIN_PATCHES, reason="there are no patches for bitbake yet")
-@pytest.mark.parametrize("count", range(1, len(PLAIN_PATCHES) + 1), ids=lambda count: PLAIN_PATCHES[count - 1].name[8:12])
+@pytest.mark.parametrize("count", range(1, len(PLAIN_PATCHES) + 1), ids=lambda count: PLAIN_PATCHES[count - 1].name[8:].partition("-")[0] + "-" + Path(PLAIN_PATCHES[count - 1].name).name[:4])
 def test_every_patch(tree, tmp_path, count):
     """After each patch all files that were touched compile, bitbake imports, and the added tests pass."""
     applied = PATCHES[:PATCHES.index(PLAIN_PATCHES[count - 1]) + 1]

@@ -108,7 +108,8 @@ class Asking:
 
     def troubles(self):
         """[(name of a host, reason)] of those that have been suspended"""
-        return [(host.origin.host, host.health.trouble) for host in self.server.pool.hosts.values() if host.health.trouble]
+        return [(host.origin.host, host.health.suspension_reason) for host in self.server.pool.hosts.values()
+                if host.health.suspension_reason]
 
     def stop(self):
         """Returns whether everything has ended. What was left is answered then."""

@@ -35,6 +35,7 @@ class Build:
         self.listing = folder / "listing"
         self.d = bb.data.init()
         self.d.setVar("DL_DIR", str(self.downloads))
+        self.d.setVar("FILESPATH", str(self.downloads))
         self.d.setVar("PERSISTENT_DIR", str(folder))
         self.d.setVar("HOME", str(folder))
         self.d.setVar("BB_WORKERCONTEXT", "1")
@@ -53,12 +54,20 @@ class Build:
         self.d.setVar("PATH", os.environ["PATH"])
         self.d.setVar("BB_CONNECTION_CACHE", "0")
 
+    def fetcher(self, uri):
+        """Of a file of the same name that has the only mirror uri, as sstate.bbclass makes it"""
+        uri, _, parameters = uri.partition(";")
+        name = uri.partition("?")[0].rpartition("/")[2]
+        self.d.setVar("PREMIRRORS", "file://.* %s" % uri)
+        local = "file://%s;downloadfilename=%s" % (name, name)
+        return bb.fetch2.Fetch([";".join(filter(None, (local, parameters)))], self.d, cache=False)
+
     def fetch(self, uri):
-        bb.fetch2.Fetch([uri], self.d, cache=False).download()
+        self.fetcher(uri).download()
 
     def exists(self, uri):
         try:
-            bb.fetch2.Fetch([uri], self.d, cache=False).checkstatus()
+            self.fetcher(uri).checkstatus()
             return True
         except bb.fetch2.FetchError:
             return False

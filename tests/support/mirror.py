@@ -42,7 +42,7 @@ class Mirror:
     log                 (time, url)
     """
 
-    def __init__(self, serial=False, tried=True):
+    def __init__(self, serial=False, needs_trial=True):
         self.answer = lambda request: FOUND
         self.connecting = lambda route: None
         self.login = 0.001
@@ -53,7 +53,7 @@ class Mirror:
         self.urls = []
         self.sends = []
         self.log = []
-        self.kind = type("Pretended", (PretendedConnection,), {"serial": serial, "tried": tried, "mirror": self})
+        self.kind = type("Pretended", (PretendedConnection,), {"serial": serial, "needs_trial": needs_trial, "mirror": self})
 
     async def connect(self, loop, owner, origin, route, timeout):
         self.attempts += 1
@@ -82,7 +82,7 @@ class PretendedConnection(Connection):
     """Answers what is in flight, in this order, with what its mirror says"""
     mirror = None
     version = (1, 1)
-    judge = staticmethod(HTTPConnection.judge)
+    classify = staticmethod(HTTPConnection.classify)
 
     def send(self, requests):
         super().send(requests)

@@ -165,7 +165,7 @@ def test_real_classes(protocol, trees, real_files, any_mirror, tmp_path):
         assert summary(outputs[name]).connections == counters[name].connections <= 4
         assert summary(outputs[name]).requests == counters[name].requests
     assert "Network tasks" not in outputs["patched"]
-    assert "NOTE: Network tasks: at most 2 of 2 at a time" in outputs["limited"]
+    assert "NOTE: Network tasks: peak of 2 (limit 2)" in outputs["limited"]
 
 
 @pytest.fixture(scope="module")

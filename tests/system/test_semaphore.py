@@ -183,7 +183,7 @@ def test_limit(semaphore, slots, multiconfig):
     assert len(semaphore.ended("populate_setscene")) == 2 * (1 + multiconfig)
     assert len(semaphore.ended("fetch")) == 2 * (1 + multiconfig)
     assert semaphore.peak() == slots
-    assert result.output.count("NOTE: Network tasks: at most %d of %d at a time" % (slots, slots)) == 1
+    assert result.output.count("NOTE: Network tasks: peak of %d (limit %d)" % (slots, slots)) == 1
 
 
 def test_unset_is_no_limit(semaphore):

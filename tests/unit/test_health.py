@@ -42,10 +42,10 @@ def fail_for_good(health, error, now=0.0):
 
 
 def test_new_host(health):
-    assert (health.limit, health.depth, health.paused_until, health.trouble) == (4, 8, 0, None)
+    assert (health.limit, health.depth, health.paused_until, health.suspension_reason) == (4, 8, 0, None)
     assert health.is_healthy(ROUTE)
     assert health.suspended(ROUTE, 0) is None
-    assert health.pace.rate is None
+    assert health.rate_limit.rate is None
 
 
 @pytest.mark.parametrize("error", [BUSY, NOBODY, SILENT])
@@ -107,7 +107,7 @@ def test_half_of_the_connections_after_refusals(health):
     for error in (NOBODY, SILENT):
         health = Health(HOST, 4, 8)
         fail(health, error, 3)
-        assert (health.limit, health.depth, health.pace.rate) == (4, 8, None)
+        assert (health.limit, health.depth, health.rate_limit.rate) == (4, 8, None)
 
 
 def test_what_was_under_way_is_part_of_the_same_failure(health):
@@ -116,8 +116,6 @@ def test_what_was_under_way_is_part_of_the_same_failure(health):
         assert health.failed(BUSY, 0, 5) is None
     assert health.limit == 2
     assert health.paused_until <= 5 + PAUSE
-    assert not health.is_new(4.9)
-    assert health.is_new(5)
 
 
 def test_limit_rises_with_answers(health):
@@ -158,7 +156,7 @@ def test_depth_rises_where_connections_run_dry(health):
 
 @pytest.mark.parametrize("most, limit", [(8, 8), (4, 4), (2, 2)])
 def test_number_of_connections_that_is_allowed(health, most, limit):
-    health.allow(most)
+    health.set_most(most)
     assert (health.most, health.limit) == (most, limit)
 
 
@@ -181,7 +179,7 @@ def test_answers_end_a_row_of_failures(health):
 def test_suspension(error, answers, login, patience):
     health = Health(HOST, 4, 8, login)
     health.answered(answers, 50)
-    assert health.trouble is None
+    assert health.suspension_reason is None
     suspended, now = fail_for_good(health, error, 100)
     # The last attempt is at the end
     assert now == 100 + patience
@@ -190,7 +188,7 @@ def test_suspension(error, answers, login, patience):
     assert error is BUSY or not suspended.retryable
     assert health.paused_until == now + SUSPENSION
     assert health.limit == 1
-    assert health.trouble == str(error)
+    assert health.suspension_reason == str(error)
     # For all routes
     for route in (ROUTE, OTHER):
         assert health.suspended(route, now + SUSPENSION - 0.1) is suspended
@@ -219,18 +217,18 @@ def test_successful_probe_ends_the_suspension(health):
     assert health.is_healthy(ROUTE)
     assert health.limit == 1, "one connection to begin with"
     assert health.failed(NOBODY, now, now) is None
-    assert health.trouble == "nobody there", "it is reported at the end of the build even so"
+    assert health.suspension_reason == "nobody there", "it is reported at the end of the build even so"
 
 
 def test_paced_host_is_not_paused_for_one_refusal(health):
     """The lower rate is enough, unless it asks for a pause, or goes on."""
     health.answered(50, 1)
     health.failed(BUSY, 1, 1)
-    assert health.pace.rate is not None
+    assert health.rate_limit.rate is not None
     health.answered(50, 2)
-    now, rate = health.paused_until + 2, health.pace.rate
+    now, rate = health.paused_until + 2, health.rate_limit.rate
     assert health.failed(BUSY, now, now) is None
-    assert health.paused_until < now and health.pace.rate < rate
+    assert health.paused_until < now and health.rate_limit.rate < rate
     health.failed(BUSY, now, now)
     assert health.paused_until > now
     health.answered(50, now + 10)
@@ -250,16 +248,16 @@ def test_route_that_cannot_be_used(health):
     assert not health.is_healthy(ROUTE)
     health.connected(ROUTE)
     assert health.is_healthy(ROUTE)
-    assert health.trouble == "certificate"
+    assert health.suspension_reason == "certificate"
 
 
 def test_at_limit(health):
     """A proxy, or an sshd, allows only so many connections: that is tested again after many answers."""
-    health.at_limit(2)
+    health.lower_limit(2)
     assert health.limit == 2
     health.answered(2 * RISE_AFTER - 1, 0)
     assert health.limit == 2
     health.answered(1, 0)
     assert health.limit == 3
-    health.at_limit(0)
+    health.lower_limit(0)
     assert health.limit == 1

@@ -8,7 +8,7 @@ from bb.connections import (Cancelled, ConnectError, DestinationError, Disconnec
                             StatusError, TimedOutError)
 from bb.connections.health import AWAY, PAUSE, RISE_AFTER, SUSPENSION, UNREACHABLE, UNREACHABLE_SSH, UNWILLING
 from bb.connections.failures import ATTEMPTS, REFUSED_ATTEMPTS
-from bb.connections.lanes import IDLE, SLOW, UNUSED
+from bb.connections.connectionset import IDLE, SLOW, UNUSED
 from bb.connections.http import MAX_REDIRECTS
 from bb.connections.request import Response
 from bb.connections.pool import MAX_CONNECTIONS
@@ -48,13 +48,13 @@ def mirror():
 @pytest.fixture
 def deep():
     """Answers many at a time, without a trial"""
-    return Mirror(tried=False)
+    return Mirror(needs_trial=False)
 
 
 @pytest.fixture
 def sessions():
     """Connections that need a login, as those over ssh"""
-    mirror = Mirror(serial=True, tried=False)
+    mirror = Mirror(serial=True, needs_trial=False)
     mirror.login, mirror.latency = 0.4, 0.02
     return mirror
 
@@ -126,7 +126,7 @@ def test_hurry(simulate, mirror):
     simulation = simulate(mirror, limit=1)
     asked = simulation.ask("HEAD", urls(10))
     simulation.until(lambda: mirror.urls, "the first is sent")
-    simulation.pool.hurry([asked[0].request, asked[7].request, asked[5].request])
+    simulation.pool.prioritise([asked[0].request, asked[7].request, asked[5].request])
     simulation.settle()
     assert mirror.urls == [URL + str(i) for i in (0, 7, 5, 1, 2, 3, 4, 6, 8, 9)]
 
@@ -257,7 +257,7 @@ def test_connecting_takes_too_long(simulate, mirror):
     simulation = simulate(mirror)
     error, = simulation.statuses("HEAD", [URL])
     assert isinstance(error, ConnectError)
-    assert "not done within %s seconds" % UNWILLING in str(error)
+    assert "no connection within %s seconds" % UNWILLING in str(error)
     assert simulation.loop.time() < UNWILLING + 1
     assert mirror.made == 0
 
@@ -350,7 +350,7 @@ def test_fewer_connections_after_refusals_and_more_again(simulate, mirror):
     # A query is queued as a whole: further connections are opened without another submit()
     assert simulation.statuses("HEAD", urls(40 * RISE_AFTER, 100)) == [200] * 40 * RISE_AFTER
     assert mirror.peak == 4
-    assert simulation.pool.hosts[simulation.asked[0].request.origin].health.trouble is None
+    assert simulation.pool.hosts[simulation.asked[0].request.origin].health.suspension_reason is None
 
 
 def test_suspension_fails_all_and_ends_with_a_probe(simulate, mirror):
@@ -362,7 +362,7 @@ def test_suspension_fails_all_and_ends_with_a_probe(simulate, mirror):
     assert not any(error.retryable for error in errors)
     assert UNREACHABLE <= simulation.loop.time() < UNREACHABLE + 1
     host, = simulation.pool.hosts.values()
-    assert host.health.trouble == "nobody there"
+    assert host.health.suspension_reason == "nobody there"
 
     attempts = mirror.attempts
     late, = simulation.ask("HEAD", [URL])
@@ -390,7 +390,7 @@ def test_patience_with_a_host_that_is_not_there_yet(simulate, mirror, sessions, 
     there.connecting = connecting
     simulation = simulate(there)
     assert simulation.statuses("HEAD", urls(30)) == [200] * 30
-    assert simulation.pool.hosts[simulation.asked[0].request.origin].health.trouble is None
+    assert simulation.pool.hosts[simulation.asked[0].request.origin].health.suspension_reason is None
 
 
 @pytest.mark.parametrize("seconds", [5, 15, 25, 60])
@@ -410,7 +410,7 @@ def test_patience_with_a_host_that_is_restarted(simulate, mirror, failure, secon
     simulation = simulate(mirror)
     assert simulation.statuses("HEAD", urls(200)) == [200] * 200
     assert simulation.loop.time() < 1 + seconds + 30
-    assert simulation.pool.hosts[simulation.asked[0].request.origin].health.trouble is None
+    assert simulation.pool.hosts[simulation.asked[0].request.origin].health.suspension_reason is None
 
 
 def test_away_for_good(simulate, mirror):
@@ -462,7 +462,7 @@ def test_slow_answers_cost_only_themselves(simulate, deep):
     simulation.settle()
     assert [one.status() for one in asked] == [200] * 200
     assert simulation.loop.time() < 100
-    assert simulation.pool.hosts[asked[0].request.origin].health.trouble is None
+    assert simulation.pool.hosts[asked[0].request.origin].health.suspension_reason is None
 
 
 def test_connections_that_nobody_serves(simulate, mirror):
@@ -496,7 +496,7 @@ def test_url_that_is_always_refused_does_not_hold_up_the_others(simulate, deep, 
     simulation.settle()
     assert [isinstance(one.error(), RefusedError) for one in asked if one.request.url in bad] == [True] * 3
     assert max(deep.urls.count(url) for url in bad) <= 2 * REFUSED_ATTEMPTS
-    assert simulation.pool.hosts[asked[0].request.origin].health.trouble is None
+    assert simulation.pool.hosts[asked[0].request.origin].health.suspension_reason is None
     assert simulation.loop.time() < 2 * UNWILLING
 
 
@@ -590,7 +590,7 @@ def test_too_many_hosts(simulate, deep):
     assert deep.peak == MAX_CONNECTIONS
     assert outcomes.count(200) == MAX_CONNECTIONS
     assert {error.kind for error in outcomes if error != 200} == {"connect"}
-    assert [host.health.trouble for host in simulation.pool.hosts.values()] == [None] * 200
+    assert [host.health.suspension_reason for host in simulation.pool.hosts.values()] == [None] * 200
 
 
 def test_places_of_closed_connections_are_free_again(simulate, deep):

@@ -10,8 +10,8 @@ import collections
 import pytest
 
 from bb.connections import Disconnected, ProtocolError
-from bb.connections.pipelining import (ENOUGH, INCONCLUSIVE, KEEPALIVE_FROM, MAX_BODIES, MIN_REQUESTS, SMALL_BODIES, STRIKES,
-                                       Load, Pipelining)
+from bb.connections.pipelining import (INCONCLUSIVE, KEEPALIVE_FROM, MAX_BODIES, MIN_REQUESTS, PROVEN_AFTER, SMALL_BODIES,
+                                       STRIKES, Load, Pipelining)
 from bb.connections.request import Request, Response
 from bb.connections.requestqueue import RequestQueue
 
@@ -22,11 +22,11 @@ DEPTH = 8
 class Connection:
     """What Pipelining looks at"""
 
-    def __init__(self, in_flight=0, served=1, version=(1, 1), announced=False, proxy=None):
+    def __init__(self, in_flight=0, served=1, version=(1, 1), close_announced=False, proxy=None):
         self.in_flight = collections.deque(range(in_flight))
         self.served = served
         self.version = version
-        self.announced = announced
+        self.close_announced = close_announced
         request = head("x", {"http_proxy": proxy} if proxy else {})
         self.origin, self.route = request.origin, request.route
 
@@ -67,13 +67,13 @@ def judge(trial, *responses):
     for request, response in list(zip(trial.sent, responses))[:-1]:
         assert not trial.add([(request, response, None)])
     assert trial.add([(trial.sent[-1], responses[-1], None)])
-    outcome, answers = trial.judge()
+    outcome, answers = trial.evaluate()
     return outcome, [(request.target, response) for request, response, _ in answers]
 
 
 @pytest.fixture
 def pipelining():
-    return Pipelining(tried=True)
+    return Pipelining(needs_trial=True)
 
 
 def test_one_by_one_until_it_is_known(pipelining):
@@ -82,7 +82,7 @@ def test_one_by_one_until_it_is_known(pipelining):
 
 
 def test_without_a_trial():
-    assert Pipelining(tried=False).room(Connection(in_flight=3), DEPTH) == DEPTH - 3
+    assert Pipelining(needs_trial=False).room(Connection(in_flight=3), DEPTH) == DEPTH - 3
 
 
 def test_trial_sends_the_probe_as_the_second(pipelining):
@@ -232,7 +232,7 @@ def test_next_connection_begins_with_one_request(proven):
     assert proven.room(Connection(served=0), DEPTH) == DEPTH
 
 
-@pytest.mark.parametrize("served, ends", [(ENOUGH - 1, True), (ENOUGH, False)])
+@pytest.mark.parametrize("served, ends", [(PROVEN_AFTER - 1, True), (PROVEN_AFTER, False)])
 def test_strikes(proven, served, ends):
     """Connections that break soon, one after the other. One that has answered enough is no fault of pipelining."""
     for _ in range(STRIKES):
@@ -244,8 +244,8 @@ def test_contradictions_that_were_right_are_no_strikes(proven):
     """Files have changed since the query: asked for alone they are still others."""
     for _ in range(5 * STRIKES):
         proven.broken(Connection(in_flight=5, served=50))
-        proven.forgive()
-    proven.forgive()
+        proven.revoke_strike()
+    proven.revoke_strike()
     assert proven.room(Connection(), DEPTH) == DEPTH
     for _ in range(STRIKES):
         proven.broken(Connection(in_flight=5, served=50))
@@ -261,27 +261,27 @@ def test_next_connection_gets_as_many_as_the_last_one_has_answered(proven):
 
 
 def test_server_that_sends_what_belongs_to_no_answer(proven):
-    proven.end()
+    proven.disable()
     assert proven.room(Connection(), DEPTH) == 1
     assert begin(proven, found()) is None
 
 
 def test_protocol_without_a_trial_goes_on():
     """Its answers have numbers."""
-    pipelining = Pipelining(tried=False)
+    pipelining = Pipelining(needs_trial=False)
     for _ in range(10):
         pipelining.broken(Connection(in_flight=5, served=50))
     assert pipelining.room(Connection(), DEPTH) == DEPTH
 
 
 def test_server_that_closes_after_so_many_answers(proven):
-    proven.closed(Connection(served=30, announced=True))
+    proven.closed(Connection(served=30, close_announced=True))
     assert proven.room(Connection(served=0, in_flight=0), 64) == 30
     assert proven.room(Connection(served=20, in_flight=4), 64) == 6
     assert proven.room(Connection(served=30), 64) == 64, "it did not close this one"
 
 
-@pytest.mark.parametrize("connection", [Connection(served=KEEPALIVE_FROM - 1, announced=True), Connection(served=30)])
+@pytest.mark.parametrize("connection", [Connection(served=KEEPALIVE_FROM - 1, close_announced=True), Connection(served=30)])
 def test_other_ends_say_nothing_about_the_next(proven, connection):
     proven.closed(connection)
     assert proven.room(Connection(served=0), 64) == 64
@@ -289,18 +289,18 @@ def test_other_ends_say_nothing_about_the_next(proven, connection):
 
 # What may be sent behind what is in flight
 
-def get(name, size=None, etag=None, first=False, alone=False):
+def get(name, size=None, etag=None, first=False, exclusive=False):
     """A GET of a file, of which a HEAD has told size and etag unless size is None"""
     request = Request("GET", URL + name, {}, fd=0)
     if size is not None:
         request.size, request.validators = size, found(size, etag).validators
-    request.first, request.alone = first, alone
+    request.first, request.exclusive = first, exclusive
     return request
 
 
-def admits(in_flight, request, spare=None, tried=True):
+def admits(in_flight, request, spare=None, needs_trial=True):
     """spare: whether another connection has no bodies in flight"""
-    return Load(in_flight, tried).admits(request, lambda: spare)
+    return Load(in_flight, needs_trial).admits(request, lambda: spare)
 
 
 @pytest.mark.parametrize("in_flight, request_, admitted", [
@@ -323,7 +323,7 @@ def admits(in_flight, request, spare=None, tried=True):
 def test_files_that_look_alike_are_never_in_flight_together(in_flight, request_, admitted):
     """If their bodies were mixed up, nothing would tell."""
     assert admits(in_flight, request_) is admitted
-    assert admits(in_flight, request_, tried=False), "the answers of sftp have numbers"
+    assert admits(in_flight, request_, needs_trial=False), "the answers of sftp have numbers"
 
 
 def test_files_that_look_alike_do_not_get_into_one_load():
@@ -333,9 +333,10 @@ def test_files_that_look_alike_do_not_get_into_one_load():
 
 
 @pytest.mark.parametrize("in_flight, request_", [
-    ([head("a")], get("b", 5, alone=True)), ([get("a", 5, alone=True)], head("b")), ([get("a", 5, alone=True)], get("b", 6)),
+    ([head("a")], get("b", 5, exclusive=True)), ([get("a", 5, exclusive=True)], head("b")),
+    ([get("a", 5, exclusive=True)], get("b", 6)),
 ])
-def test_alone(in_flight, request_):
+def test_exclusive(in_flight, request_):
     assert not admits(in_flight, request_)
     assert admits([], request_)
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from bb.connections import RefusedError
-from bb.connections.failures import LONE_ATTEMPTS, REFUSED_ATTEMPTS
+from bb.connections.failures import REFUSED_ATTEMPTS, UNRECOVERED_ATTEMPTS
 from bb.connections.health import AWAY, UNWILLING
 from bb.connections.request import Response
 from support.mirror import Mirror, Simulation
@@ -66,8 +66,8 @@ def test_some_files_are_always_refused(mirror, simulation, share, headers):
         {one: status for one, status in expected(400).items() if one not in bad}
     assert all(isinstance(found[one], RefusedError) for one in bad)
     assert simulation.loop.time() < UNWILLING
-    assert len(mirror.urls) < 400 + (LONE_ATTEMPTS + 1) * len(bad) + 100
-    assert [host.health.trouble for host in simulation.pool.hosts.values()] == [None]
+    assert len(mirror.urls) < 400 + (UNRECOVERED_ATTEMPTS + 1) * len(bad) + 100
+    assert [host.health.suspension_reason for host in simulation.pool.hosts.values()] == [None]
 
 
 def test_files_whose_get_is_refused(mirror, simulation):

@@ -110,7 +110,7 @@ def run(script, objects, siginfos):
         wanted = [target + suffix for target in found for suffix in (("", ".siginfo") if siginfos else ("",))]
         outcomes = fetch(simulation, wanted)
         host, = simulation.pool.hosts.values()
-        assert host.health.trouble is None
+        assert host.health.suspension_reason is None
     assert len(outcomes) == len(wanted)
     return found, outcomes
 

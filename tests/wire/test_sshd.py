@@ -194,7 +194,7 @@ def test_route_that_fails_is_no_failure_of_others(mirror, asking, tmp_path):
 def test_noise(serve, asking):
     mirror = serve(extra="ForceCommand echo Welcome here; exec cat")
     text = fails_at_once(asking, mirror)
-    assert "sends 'Welcome here'" in text and "bashrc" in text
+    assert "sent 'Welcome here'" in text and "bashrc" in text
 
 
 def test_nobody_listens(mirror, asking):
@@ -212,7 +212,7 @@ def test_nobody_listens(mirror, asking):
 
 def test_no_sftp_there(serve):
     error = connect_error(serve(extra="ForceCommand exit 3"))
-    assert error.retryable and "ssh has ended with status 3" in str(error)
+    assert error.retryable and "ssh exited with status 3" in str(error)
 
 
 def test_many_logins(mirror, make_asking):

@@ -10,7 +10,7 @@ from bb.connections import ConnectError, ProtocolError, RefusedError, TimedOutEr
 from bb.connections.connection import MIN_RATE, RATE_SECONDS
 from bb.connections.health import AWAY, UNREACHABLE, UNWILLING
 from bb.connections.failures import ATTEMPTS
-from bb.connections.lanes import SLOW
+from bb.connections.connectionset import SLOW
 from support.mirror import Simulation
 from support.virtualserver import HTTPServer
 
@@ -93,7 +93,7 @@ def query_and_fetch(simulation, targets):
 
 
 def trouble(simulation):
-    return [host.health.trouble for host in simulation.pool.hosts.values() if host.health.trouble]
+    return [host.health.suspension_reason for host in simulation.pool.hosts.values() if host.health.suspension_reason]
 
 
 def count(simulation, name):

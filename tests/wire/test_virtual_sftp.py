@@ -56,7 +56,7 @@ def query_and_fetch(simulation, paths=tuple(FILES), files=FILES):
 
 
 def trouble(simulation):
-    return [host.health.trouble for host in simulation.pool.hosts.values() if host.health.trouble]
+    return [host.health.suspension_reason for host in simulation.pool.hosts.values() if host.health.suspension_reason]
 
 
 def test_healthy_server(simulate):

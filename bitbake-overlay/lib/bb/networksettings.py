@@ -5,32 +5,36 @@
 #
 
 """
-The variables of the shared connections, network slots, presence query and
-prefetch. Everything that uses them gets them from here.
+The variables that configure the shared connections, the network slots, the
+presence query and prefetch.
+
+Called by the runqueue and by the modules of these parts. Keeps no state.
+
+    values = settings(d)                    # ValueError if a variable is invalid
+    limit = number(name, d.getVar(name))
 """
 
 import collections
 
 import bb.utils
 
-# Variable in the datastore that holds the address of the connection server's socket, for tasks
+# Variable in a task's datastore that holds the address of the connection server's socket
 ADDRESS = "BB_CONNECTION_CACHE_ADDRESS"
-# Warning about a mirror (scheme, host): the same from tasks and from the server, so that it is shown once
-STRANGE = "Sstate mirror %s://%s has returned something else than sstate objects, ignoring it"
 # Valid values of BB_SETSCENE_PRESENCE
 SOURCES = ("mirror", "hashserv mirror")
 
-# Connections to a host, and if the variable is not set and that pays the largest number, but not more than threads
+# Connections to a host if BB_CONNECTION_CACHE_MAX is not set: few enough for the limits of common servers
 CONNECTIONS = 4
+# Largest number for a host that answers more requests over more connections, if there are as many BB_NUMBER_THREADS
 MOST_CONNECTIONS = 16
 
-# connections is the number to begin with
+# enabled is a bool, connections and most_connections are per host, sources is a list, prefetch a number of objects
 Settings = collections.namedtuple("Settings", "enabled connections most_connections sources prefetch")
 
 def settings(d):
     """
-    Read the variables from the datastore d. Raises ValueError with one line
-    that names the variable, its value and what is allowed.
+    Return the Settings from the datastore d. Raises ValueError with a message
+    for the user, of one line.
     """
     value = d.getVar("BB_CONNECTION_CACHE")
     try:
@@ -49,18 +53,18 @@ def settings(d):
     try:
         threads = int(d.getVar("BB_NUMBER_THREADS") or 1)
     except ValueError:
-        # Reported elsewhere
+        # The runqueue reports it
         threads = 1
 
     most = limit or max(CONNECTIONS, min(threads, MOST_CONNECTIONS))
     return Settings(enabled, limit or CONNECTIONS, most, sources.split(), prefetch)
 
 def number(name, value, default=None, smallest=1, largest=None):
-    """The value of the setting name as a number, default if it is empty. Raises ValueError as settings() does."""
+    """Return value as a number, or default if it is empty. name is used in the message of the ValueError only."""
     text = (value or "").strip()
     if not text:
         return default
-    # More than nine digits are never meant, and Python refuses to convert more than 4300
+    # int() raises an exception of its own for more than 4300 digits
     valid = text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= smallest
     if not valid or largest is not None and int(text) > largest:
         allowed = "a positive integer" if largest is None else "an integer from %s to %s" % (smallest, largest)

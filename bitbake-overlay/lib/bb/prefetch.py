@@ -5,30 +5,31 @@
 #
 
 """
-Fetching sstate objects ahead of the setscene tasks that install them.
+Fetch sstate objects ahead of the setscene tasks that install them.
 
-The metadata has told which files the object of a setscene task consists of
-(presence.py). The bitbake server fetches them over the shared connections, in
-the order in which the tasks will be started if each object that exists can be
-installed. A task whose object is under way is not started before that is there,
-or has failed; so no task waits for the network, and installing and fetching
-overlap. Whatever is not fetched here is fetched by its task.
+The runqueue creates one Prefetch object for a build and calls it at each turn.
+The objects are fetched over the shared connections, in the order in which the
+tasks would be started if all existing objects were installed. A task whose
+object is being fetched is not started before the object has arrived or failed,
+so installing and fetching overlap and no task waits for the network. Which
+files belong to an object comes from the metadata, by way of presence.py.
 
-BB_SETSCENE_PREFETCH is how many objects may have been fetched, or be under way,
-that no task has taken yet. A task that could be started now gets its object
-even so.
+BB_SETSCENE_PREFETCH limits the objects that are being fetched or have been
+fetched and whose task has not been started yet. Up to one object for each
+thread may exceed it, if tasks that could be started wait for them.
 
-Called in the runqueue's thread only.
+An object that cannot be fetched here is left to its task, which fetches it. All
+state belongs to the runqueue's thread, and no method waits for the network.
 
     prefetch = Prefetch(rqexe, connections, presence)
-    ...
-    prefetch.process()          # at each turn of the runqueue
-    if prefetch.awaits(tid):
-        ...                     # the task that could be started has to wait
+    prefetch.process()                          # at each turn of the runqueue
+    if prefetch.request_or_ready(tid):
+        ...                                     # start the task
     prefetch.stop()
 """
 
 import collections
+import contextlib
 import logging
 import os
 import time
@@ -42,57 +43,53 @@ from bb.fetch2 import shared
 
 logger = logging.getLogger("BitBake.RunQueue")
 
-# Objects under way at the same time, some of which are kept for those that a task waits for
+# Objects that are fetched at the same time: enough for all connections, with few of the 1024 descriptors of select()
 MAX_UNDER_WAY = 48
+# How many of these are reserved for objects that a task waits for
 RESERVED = 8
-# Files of an object, and files that are open for all of them, also those that nobody waits for any more
-MAX_FILES = 3
-MAX_OPEN = MAX_UNDER_WAY * MAX_FILES
-# Answers that are taken, and objects that are asked for, in a turn of the runqueue: each costs file operations, and
-# tasks whose objects are there should not wait for those of many others. As each turn has threads to wake up, what
-# nobody waits for is also put off until there are so many answers, or room for so many objects, at most an eighth of
-# the window; but from turn to turn room is not left longer than FILL_EACH, in seconds.
-ANSWERS_EACH = 8
-STARTS_EACH = 8
-FILL_EACH = 1
-# Seconds after which an object of which nothing more arrives is given up, whatever the connections say, and how
-# often that is looked at
+# Files of an object, to limit open files: the object, its .siginfo and its signature
+FILES = 3
+# Answers and starts in a turn of the runqueue: each costs file operations, which delay tasks that are ready
+PER_TURN = 8
+# Seconds without data after which an object is given up, so that no task depends on the connections' own time-outs
 STALLED = 900
-LOOK_EACH = 10
-# Of its time the runqueue may spend one part in so many on finding out what comes next
+# Seconds between two progress events, and between two checks for stalled objects
+INTERVAL = 0.5
+# The runqueue spends at most one part in this many of its time on calling order()
 ORDER_SHARE = 20
-# Seconds between two progress events
-PROGRESS = 0.5
 
 
 class Transfer:
     """
-    The files of an object that are under way. temporary is {name: its temporary path}, requests those
-    which have no answer yet, found the names of those which are complete. received and heard tell how many bytes had
-    arrived when that was last looked at, and when it had last changed. hurried tells that a task waits for it,
-    and that its requests come first.
+    The files of an object that are being fetched.
+
+    temporary   {name: temporary path}
+    requests    {name: Request without an answer}
+    complete    names of the files that have arrived
+    received    bytes in requests at the last check, active_at the time of the last change
+    prioritised whether a task waits for the object, so its requests go first
     """
     def __init__(self, tid, files):
         self.tid = tid
         self.files = files
         self.temporary = {}
         self.requests = {}
-        self.found = set()
+        self.complete = set()
         self.error = None
         self.received = 0
-        self.heard = time.monotonic()
-        self.hurried = False
+        self.active_at = time.monotonic()
+        self.prioritised = False
 
 
 class Prefetch:
     """
-    rqexe is the RunQueueExecute whose tasks it serves.
+    rqexe is the RunQueueExecute whose setscene tasks need the objects.
 
-    awaited     the tasks that could be started, but have to wait for their object
-    objects     how many were fetched
+    waiting     tasks that could be started, but wait for their object
+    objects     number of objects that were fetched
     """
     def __init__(self, rqexe, connections, presence):
-        self.awaited = set()
+        self.waiting = set()
         self.objects = 0
         self.bytes = 0
         self._rqexe = rqexe
@@ -100,53 +97,49 @@ class Prefetch:
         self._presence = presence
         self._window = connections.settings.prefetch if connections.server and not rqexe.cooker.configuration.dry_run else 0
         self._under_way = {}
-        # {request: (Transfer, name)} of those without an answer
+        # {request: (Transfer, name)} of requests without an answer
         self._requests = {}
-        # Under way or fetched, and not taken by its task yet
-        self._ahead = set()
-        # Those which were awaited, also when their object is there. Cleared with each change of what is started.
-        self._startable = set()
-        # Those of awaited that are not under way yet, and those that are since before
-        self._wanted = collections.deque()
-        self._hurried = []
-        # {tid: files} that were tried, so that another name is another object
-        self._tried = {}
-        # Those which got a second chance since the mirror was gone
-        self._retried = set()
-        # {mirror: (number, tid) of those which come next}, whether that is to be found out (again), and not before when
-        self._order = {}
-        self._stale = True
-        self._again_at = 0
-        # When room was last used for what nobody waits for
-        self._filled_at = 0
-        self._started = None
-        self._open = 0
-        # Of the last progress event, and of the last look for what has stalled
-        self._told = (0, 0, 0)
-        self._told_at = self._looked_at = self._arrived = 0
         self._answers = collections.deque()
+        # Tasks whose objects count for BB_SETSCENE_PREFETCH
+        self._ahead = set()
+        # Tasks that could be started since the last change, including those whose object has arrived
+        self._startable = set()
+        # Waiting tasks whose object is still to be requested
+        self._to_start = collections.deque()
+        # {tid: ObjectFiles} of objects that were requested; compared by identity, so a new hash is a new object
+        self._tried = {}
+        # Tasks whose object was requested again after its mirror had failed
+        self._retried = set()
+        # {mirror: deque of (number, tid)} of the objects to fetch next
+        self._order = {}
+        # Whether that has to be updated, and the earliest time to do so
+        self._stale = True
+        self._reorder_at = 0
+        self._started = None
+        # Values and time of the last progress event
+        self._reported = (0, 0, 0)
+        self._reported_at = 0
+        # Time of the last check for stalled objects, and bytes that had arrived
+        self._checked_at = self._arrived = 0
         if self._window:
             connections.prefetch = self
 
     def fds(self):
-        """What is readable when there is something to process"""
+        """Return descriptors that are readable when process() has work to do"""
         server = self._connections.server
         return [server.fileno()] if self._window and server else []
 
     def changed(self):
-        """What will be started, and in which order, may have changed"""
+        """Note that other tasks may be started, or in another order"""
         self._stale = True
         self._startable.clear()
 
     def _done(self, request, response, error):
-        """Of the server"""
+        # Called by server.deliver()
         self._answers.append((*self._requests.pop(request), response, error))
 
     def process(self):
-        """
-        Take what has arrived, and ask for more. Does not wait for the network; to find out what comes next,
-        and the disk, may take some time.
-        """
+        """Install the files that have arrived and request more. Takes time for order() and file operations only."""
         if not self._window:
             return
         try:
@@ -157,141 +150,136 @@ class Prefetch:
             self._fail(e)
 
     def _fail(self, error):
-        """A fault of ours"""
-        logger.debug("Fetching sstate objects ahead failed", exc_info=True)
+        logger.debug("Prefetching sstate objects failed", exc_info=True)
         logger.warning("Prefetching sstate objects failed, setscene tasks will fetch them: %r" % error)
         self.stop()
 
     def _process(self):
         server = self._connections.server
         if server is None or not server.is_running:
-            # The connections have ended before the build: the tasks fetch themselves
             self.stop()
             return
         self._started = self._started or time.monotonic()
         server.deliver()
-        self._forget()
-        for _ in range(min(len(self._answers), ANSWERS_EACH)):
-            self._answered(*self._answers.popleft())
+        self._drop_obsolete()
+        for _ in range(min(len(self._answers), PER_TURN)):
+            self._on_answer(*self._answers.popleft())
         first, later = [], []
-        starts = STARTS_EACH
-        while starts and self._room() > 0 and self._wanted and self._may_start():
+        starts = PER_TURN
+        while starts and self._room() > 0 and self._to_start and self._may_exceed_window():
             starts -= 1
-            tid = self._wanted.popleft()
+            tid = self._to_start.popleft()
             if self._fetchable(tid):
                 first += self._start(tid)
             elif tid not in self._under_way:
-                self.awaited.discard(tid)
+                self.waiting.discard(tid)
         if first:
             server.submit(first, self._done, first=True)
-        hurried, self._hurried = self._hurried, []
-        if hurried:
-            server.hurry([request for transfer in hurried for request in transfer.requests.values()])
-        now = time.monotonic()
-        enough = self._room_ahead() >= min(STARTS_EACH, self._window // 8) or now - self._filled_at > FILL_EACH
-        while enough and starts and self._room_ahead() > 0:
-            starts -= 1
-            tid = self._following(server)
-            if tid is None:
-                break
-            later += self._start(tid)
-            self._filled_at = now
+        # Each batch wakes the connection thread, so wait for room for several objects
+        if self._room_ahead() >= min(PER_TURN, self._window // 8):
+            while starts and self._room_ahead() > 0:
+                starts -= 1
+                tid = self._next_ahead(server)
+                if tid is None:
+                    break
+                later += self._start(tid)
         if later:
             server.submit(later, self._done)
         if self._answers or not starts:
             # Continue in the next turn
             server.wake()
-        self._tell()
+        self._report_progress()
 
     def _room(self):
-        """For how many more objects"""
-        return min(MAX_UNDER_WAY - len(self._under_way), (MAX_OPEN - self._open) // MAX_FILES)
+        """Return how many more objects may be requested. Requests that were given up keep their file open until answered."""
+        files = len(self._requests) + len(self._answers)
+        return MAX_UNDER_WAY - max(len(self._under_way), -(-files // FILES))
 
     def _room_ahead(self):
-        """For how many that no task waits for"""
+        """Return how many more objects that no task waits for may be requested"""
         return min(self._room() - RESERVED, self._window - len(self._ahead))
 
-    def _forget(self):
-        """Give up what no task will take"""
+    def _drop_obsolete(self):
+        """Give up objects that no task will install, and those that have stalled"""
         running = self._rqexe.sq_running
-        # With another hash it is another object that the task will take
         self._ahead = {tid for tid in self._ahead if tid not in running and self._tried[tid] is self._presence.files_of(tid)}
-        # A task may also be skipped, or given up, while it waits
-        self.awaited = {tid for tid in self.awaited if tid not in running}
+        # sq_running includes tasks that were skipped or have failed while they were waiting
+        self.waiting = {tid for tid in self.waiting if tid not in running}
         for tid, transfer in list(self._under_way.items()):
             if tid in running:
                 self._give_up(transfer, "its task does not run")
             elif self._presence.files_of(tid) is not transfer.files:
-                self._give_up(transfer, "it has another hash now")
+                self._give_up(transfer, "its hash has changed")
         now = time.monotonic()
-        if now - self._looked_at < LOOK_EACH:
+        if now - self._checked_at < INTERVAL:
             return
-        self._looked_at = now
+        self._checked_at = now
         arrived, self._arrived = self._arrived, self._bytes()
         for transfer in list(self._under_way.values()):
             received = sum(request.received for request in transfer.requests.values())
-            waits = not any(request.sent for request in transfer.requests.values())
-            if received != transfer.received or waits and arrived != self._arrived:
-                # Or it waits behind others, which arrive
-                transfer.received, transfer.heard = received, now
-            elif now - transfer.heard > STALLED:
-                self._give_up(transfer, "nothing arrives for %s seconds" % STALLED)
+            queued = not any(request.sent for request in transfer.requests.values())
+            # A queued request is not stalled while the requests before it receive data
+            if received != transfer.received or queued and arrived != self._arrived:
+                transfer.received, transfer.active_at = received, now
+            elif now - transfer.active_at > STALLED:
+                self._give_up(transfer, "no data for %s seconds" % STALLED)
 
     def _bytes(self):
-        """How many bytes have arrived"""
         return self.bytes + sum(request.received for transfer in self._under_way.values()
                                 for request in transfer.requests.values())
 
-    def _may_start(self):
-        """Whether one more for a task that could be started: with a full window there may be one for each thread"""
+    def _may_exceed_window(self):
+        """Return whether an object that a task waits for may be requested, even if the window is full"""
         return len(self._ahead) < self._window or len(self._startable & self._ahead) < self._rqexe.number_tasks
 
-    def awaits(self, tid):
-        """Whether tid, which could be started, has to wait for its object. If that is not under way it will be."""
+    def request_or_ready(self, tid):
+        """
+        Request the object of tid, a task that could be started. Returns True if the task can be started now, with or
+        without its object, False if it has to wait.
+        """
+        transfer = self._under_way.get(tid)
         if self._window and self._fetchable(tid):
-            if tid not in self.awaited:
-                self._wanted.append(tid)
-                # For the next turn
+            if tid not in self.waiting:
+                self._to_start.append(tid)
                 self._connections.server.wake()
-        elif tid not in self._under_way:
-            self.awaited.discard(tid)
-            return False
-        elif not self._under_way[tid].hurried:
-            self._under_way[tid].hurried = True
-            self._hurried.append(self._under_way[tid])
-            self._connections.server.wake()
-        self.awaited.add(tid)
+        elif transfer is None:
+            self.waiting.discard(tid)
+            return True
+        elif not transfer.prioritised:
+            transfer.prioritised = True
+            self._connections.server.prioritise(list(transfer.requests.values()))
+        self.waiting.add(tid)
         self._startable.add(tid)
-        return True
+        return False
 
     def stop(self):
-        """Cancel what is under way, and leave no file behind. Does not block."""
+        """Cancel all requests and remove their files. Does not block."""
         if not self._window:
             return
         self._window = 0
-        self.awaited.clear()
-        self._wanted.clear()
+        self.waiting.clear()
+        self._to_start.clear()
         self._order.clear()
         for transfer in list(self._under_way.values()):
-            self._give_up(transfer, "no more is fetched ahead")
-        self._tell()
+            self._give_up(transfer, "prefetching has ended")
+        self._report_progress()
 
     def close(self):
-        """After the connections have ended"""
+        """Close the files that are still open. Called when the connections have ended, after stop()."""
         while self._answers:
-            self._answered(*self._answers.popleft())
+            self._on_answer(*self._answers.popleft())
 
-    def _following(self, server):
-        """The next task to fetch for, or None"""
+    def _next_ahead(self, server):
+        """Return the next task to fetch an object for, or None"""
         now = time.monotonic()
-        if self._stale and now >= self._again_at:
+        if self._stale and now >= self._reorder_at:
             self._order = {}
             for number, tid in enumerate(filter(self._fetchable, order(self._rqexe))):
                 self._order.setdefault(self._presence.files_of(tid).mirror, collections.deque()).append((number, tid))
             self._stale = False
-            # With thousands of tasks of which many fail it is not worth a large part of the time
-            self._again_at = time.monotonic() + ORDER_SHARE * (time.monotonic() - now)
-        # What is not needed yet can wait until a mirror that refuses, or is gone, is there again
+            # If many of thousands of tasks fail, each failure would cause another call
+            self._reorder_at = time.monotonic() + ORDER_SHARE * (time.monotonic() - now)
+        # Objects that no task waits for yet can wait until their mirror has recovered
         queues = [queue for mirror, queue in self._order.items() if server.pool.is_healthy(*mirror)]
         while any(queues):
             _, tid = min(filter(None, queues), key=lambda queue: queue[0]).popleft()
@@ -300,31 +288,30 @@ class Prefetch:
         return None
 
     def _fetchable(self, tid):
-        """Whether there is something to fetch for tid, which was not tried"""
         files = self._presence.files_of(tid)
         return files and self._tried.get(tid) is not files and tid not in self._rqexe.sq_running and \
             not self._presence.is_local(tid)
 
     def _start(self, tid):
-        """Open the files of tid. Returns the requests for them, none if that is not possible or not needed."""
+        """Open the files of tid's object. Returns the requests for them, none if the object is left to its task."""
         files = self._presence.files_of(tid)
         self._tried[tid] = files
         transfer = Transfer(tid, files)
         try:
             if os.path.exists(os.path.join(files.directory, files.names[0])):
-                raise FileExistsError("it is there")
-            # The first is the object, without which the others are of no use
+                raise FileExistsError("it exists already")
+            # The object is the first, since the other files are of no use without it
             requests = [self._request(transfer, name) for name in files.names]
         except Exception as e:
-            self.awaited.discard(tid)
+            self.waiting.discard(tid)
             self._close(transfer)
             if isinstance(e, (OSError, ValueError, bb.fetch2.BBFetchException, bb.data_smart.ExpansionError)):
                 logger.debug("Not fetching ahead for %s: %s", tid, e)
             else:
                 self._fail(e)
             return []
-        transfer.hurried = tid in self.awaited
-        logger.debug2("Fetching %s for %s", "now" if transfer.hurried else "ahead", tid)
+        transfer.prioritised = tid in self.waiting
+        logger.debug2("Fetching %s for %s", "now" if transfer.prioritised else "ahead", tid)
         self._under_way[tid] = transfer
         self._ahead.add(tid)
         return requests
@@ -333,141 +320,133 @@ class Prefetch:
         members = transfer.files.describe(name)
         final = os.path.join(transfer.files.directory, name)
         if name == transfer.files.names[0]:
-            prefetchfiles.remove_left(os.path.dirname(final))
+            prefetchfiles.remove_stale(os.path.dirname(final))
         transfer.temporary[name], fd = prefetchfiles.create(final, transfer.files.umask)
-        self._open += 1
         try:
             request = Request(fd=fd, empty=True, **members)
         except BaseException:
-            self._close_file(fd)
+            os.close(fd)
             raise
         transfer.requests[name] = request
         self._requests[request] = transfer, name
         return request
 
-    def _answered(self, transfer, name, response, error):
+    def _on_answer(self, transfer, name, response, error):
         request = transfer.requests.pop(name)
         if self._under_way.get(transfer.tid) is transfer:
-            self._take(transfer, name, request, response, error)
-        transfer.error = self._close_file(request.fd) or transfer.error
+            self._on_file(transfer, name, request, response, error)
+        try:
+            os.close(request.fd)
+        except OSError as e:
+            # NFS reports here that the disk is full
+            transfer.error = e
         if not transfer.requests and self._under_way.get(transfer.tid) is transfer:
-            self._finish(transfer)
+            self._on_complete(transfer)
 
-    def _take(self, transfer, name, request, response, error):
+    def _on_file(self, transfer, name, request, response, error):
         if response is not None and response.status == 200:
             try:
-                # The fetcher takes no empty file
+                # The fetcher rejects empty files, too
                 if not response.length or not shared.is_complete(transfer.temporary[name], request.fd, response.length,
                                                                  last_modified(response.headers)):
-                    error = "empty, or not complete"
-                elif not shared.is_of_its_kind(name, request.fd):
-                    error = "not a file of this kind"
-                    self._connections.report_strange(transfer.files.mirror[0])
+                    error = "empty or incomplete"
+                elif not shared.has_expected_magic(transfer.temporary[name], name):
+                    error = "unexpected content"
+                    origin, _ = transfer.files.mirror
+                    shared.warn_unexpected_content(origin.scheme, origin.host)
                     self._connections.server.reject(request)
                 else:
-                    transfer.found.add(name)
+                    transfer.complete.add(name)
                     return
             except OSError as e:
                 error = e
         elif response is not None:
             error = "status %s" % response.status
         if name != transfer.files.names[0] and not isinstance(error, OSError):
-            # There need not be each of the files that belong to an object, and the task goes on without as well
+            # The task can install the object without its other files
             logger.debug2("No %s: %s", name, error)
             return
         transfer.error = transfer.error or error
 
-    def _finish(self, transfer):
-        """All of the files of an object were answered: install them, the object as the last"""
+    def _on_complete(self, transfer):
+        """Install the files, the object as the last one, since other builds look for that"""
         if not transfer.error:
             try:
                 for name in reversed(transfer.files.names):
-                    if name in transfer.found:
+                    if name in transfer.complete:
                         prefetchfiles.install(transfer.temporary[name], os.path.join(transfer.files.directory, name))
                         del transfer.temporary[name]
             except OSError as e:
                 transfer.error = e
         if transfer.error:
-            if (isinstance(transfer.error, (ConnectError, RefusedError, TimedOutError)) and transfer.tid not in self.awaited and
+            if (isinstance(transfer.error, (ConnectError, RefusedError, TimedOutError)) and transfer.tid not in self.waiting and
                     transfer.tid not in self._retried):
-                # It may be tried again when the mirror is there again
+                # Request it once more when the mirror has recovered
                 self._retried.add(transfer.tid)
                 del self._tried[transfer.tid]
                 self._stale = True
             self._give_up(transfer, transfer.error)
             return
         del self._under_way[transfer.tid]
-        self._close(transfer)
-        self.awaited.discard(transfer.tid)
+        self._unlink(transfer)
+        self.waiting.discard(transfer.tid)
         self.objects += 1
         self.bytes += transfer.files.size or 0
-        if transfer.found.issuperset(transfer.files.names[:transfer.files.needed]):
+        if transfer.complete.issuperset(transfer.files.names[:transfer.files.needed]):
             self._presence.local([transfer.tid])
         logger.debug2("Fetched ahead for %s", transfer.tid)
 
     def _give_up(self, transfer, reason):
-        """The task will fetch itself, if it is started"""
         logger.debug("Not fetched ahead for %s: %s", transfer.tid, reason)
         self._under_way.pop(transfer.tid, None)
         self._ahead.discard(transfer.tid)
-        self.awaited.discard(transfer.tid)
+        self.waiting.discard(transfer.tid)
         for request in transfer.requests.values():
             request.cancelled = True
         self._unlink(transfer)
 
-    def _close_file(self, fd):
-        """Returns the error of close(), with which NFS reports that the disk is full, or None"""
-        self._open -= 1
-        try:
-            os.close(fd)
-        except OSError as e:
-            return e
-        return None
-
     def _close(self, transfer):
+        """Close the files of a transfer whose requests have not been submitted"""
         for request in transfer.requests.values():
-            # They have not been submitted
             del self._requests[request]
-            self._close_file(request.fd)
-        transfer.requests.clear()
+            with contextlib.suppress(OSError):
+                os.close(request.fd)
         self._unlink(transfer)
 
     @staticmethod
     def _unlink(transfer):
         for path in transfer.temporary.values():
-            try:
+            with contextlib.suppress(OSError):
                 os.unlink(path)
-            except OSError:
-                pass
         transfer.temporary.clear()
 
-    def _tell(self):
-        """Fire a progress event, from time to time and at the end"""
+    def _report_progress(self):
         now = time.monotonic()
         ended = not self._under_way and not self._order
-        if not self.objects or not ended and now - self._told_at < PROGRESS or ended and self._told[:2] == (self.objects,) * 2:
+        if not self.objects or not ended and now - self._reported_at < INTERVAL or \
+                ended and self._reported[:2] == (self.objects,) * 2:
             return
-        self._told_at = now
+        self._reported_at = now
         left = [transfer.files.size or 0 for transfer in self._under_way.values()]
         for mirror, queue in list(self._order.items()):
-            # Their tasks may have been started meanwhile
-            queue = self._order[mirror] = collections.deque(one for one in queue if self._fetchable(one[1]))
+            # Some of their tasks may have been started since the queue was made
+            queue = self._order[mirror] = collections.deque(entry for entry in queue if self._fetchable(entry[1]))
             left += [self._presence.files_of(tid).size or 0 for _, tid in queue]
             if not queue:
                 del self._order[mirror]
         size = self._bytes()
-        told = (self.objects, self.objects + len(left), size)
-        if told != self._told:
-            self._told = told
-            # The siginfos have no announced size
+        values = (self.objects, self.objects + len(left), size)
+        if values != self._reported:
+            self._reported = values
+            # The sizes of the .siginfo files are not known in advance
             total = max(size, self.bytes + sum(left))
-            bb.event.fire(bb.event.SstateFetchProgress(*told, total, now - self._started), self._rqexe.cfgData)
+            bb.event.fire(bb.event.SstateFetchProgress(*values, total, now - self._started), self._rqexe.cfgData)
 
 
 def order(rqexe):
     """
-    Yield the setscene tasks that will be handed to a worker, in the order in which they could be started, if
-    each object that exists is installed. It goes the way that RunQueueExecute.execute() goes, on copies.
+    Yield the setscene tasks that will be sent to a worker, in the order in which they can be started, assuming that
+    all existing objects are installed. Simulates RunQueueExecute.execute() on copies of its state.
     """
     sqdata = rqexe.sqdata
     notcovered = set(rqexe.scenequeue_notcovered)
@@ -476,7 +455,7 @@ def order(rqexe):
     notneeded = set(rqexe.scenequeue_notneeded)
     needed = set(rqexe.sq_needed_harddeps)
     queued = set()
-    # Tasks that hard dependencies let wait, by the first of these
+    # {hard dependency that is not done: tasks that wait for it}
     held = {}
     queue = collections.deque()
 
@@ -491,7 +470,7 @@ def order(rqexe):
     while queue:
         tid = queue.popleft()
         if tid in done or rqexe.sq_deferred.get(tid, tid) != tid and rqexe.sq_deferred[tid] not in rqexe.runq_complete:
-            # Of a deferred task it is not known yet what becomes of it
+            # The outcome of a deferred task is not known yet
             continue
         finished = [tid]
         missing = [dep for dep in sorted(sqdata.sq_harddeps_rev.get(tid, ())) if dep not in done]
@@ -508,7 +487,7 @@ def order(rqexe):
             if outcome is None:
                 yield tid
             if outcome == "fail":
-                # What needs it fails with it
+                # Tasks with a hard dependency on it fail as well
                 finished += [other for other in sorted(sqdata.sq_harddeps.get(tid, ())) if other not in done]
                 notcovered.update(finished)
             else:

@@ -5,12 +5,12 @@
 #
 
 """
-What is known of the presence of sstate objects in a build.
+Which sstate objects exist, locally and on mirrors.
 
-The runqueue makes one Presence object for a build and passes it to the function
-of the metadata that BB_HASHCHECK_FUNCTION names. That one tells which objects it
-has found on this machine, so that restoring them does not need the network, and
-lets it ask the mirrors for all others at once:
+The runqueue creates one Presence object for a build and passes it to the
+function of the metadata that BB_HASHCHECK_FUNCTION names. That function reports
+the local objects, whose setscene tasks need no network, and queries the mirrors
+for all other objects at once:
 
     def sstate_checkhashes(sq_data, d, siginfo=False, presence=None, **kwargs):
         ...
@@ -21,11 +21,11 @@ lets it ask the mirrors for all others at once:
                 found.update(sizes)
             ...
 
-BB_SETSCENE_PRESENCE says who is asked: the mirrors, or first the hash
-equivalence server and the mirrors only for what that knows. presencequery.py
-does the asking.
+BB_SETSCENE_PRESENCE selects what is queried: the mirrors, or first the hash
+equivalence server and then the mirrors, for the objects that the server knows.
+The requests to mirrors are in presencequery.py, prefetch.py fetches the objects.
 
-Called in the runqueue's thread only.
+All state belongs to the runqueue's thread.
 """
 
 import logging
@@ -38,66 +38,61 @@ from bb.presencequery import Query
 
 logger = logging.getLogger("BitBake.RunQueue")
 
-# Fewer objects are asked for without a progress bar
+# Smallest number of objects with a progress bar, as openembedded-core has it
 PROGRESS_FROM = 100
-# If the hash equivalence server knows less than a tenth of so many objects, it has not seen the builds that made them
+# Smallest number of objects of which the hash equivalence server has to know a tenth: of few, it may know none by chance
 MANY = 50
-# What decides in the fetcher how a task fetches. PATH is another one for each recipe, and finds the same ssh.
-SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS", "BB_CHECK_SSL_CERTS", "BB_CONNECTION_CACHE", "FETCHCMD_sftp",
-            "FETCHCMD_wget") + tuple(sorted(set(ENVIRONMENT) - {"PATH"}))
+# Variables that select how the fetcher gets an object, besides those of its environment
+FETCHER_SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS", "BB_CHECK_SSL_CERTS", "BB_CONNECTION_CACHE", "FETCHCMD_sftp",
+                    "FETCHCMD_wget")
 
 
 class Presence:
     """
-    rqdata is the build's RunQueueData, whose hashes an object belongs to,
-    connections the build's SharedConnections, over which mirrors are asked.
+    rqdata is the build's RunQueueData, connections its SharedConnections.
+
+    files       {tid: ObjectFiles} of the objects that can be fetched ahead
     """
 
     def __init__(self, rqdata, connections):
+        self.files = {}
         self._rqdata = rqdata
         self._connections = connections
+        # {tid: unihash}
         self._local = {}
-        self._usual = {}
-        # {tid: (Locations, place, mirror, size)} of what was found over the shared connections
-        self._places = {}
-        # {tid: Files}: what can be fetched ahead
-        self.files = {}
-        # What the user was told already
-        self._told = set()
+        # {multiconfig: result of _fetches_as_query()}
+        self._same_settings = {}
+        # {tid: (Locations, mirror_index, mirror, size)} of objects that were found over the shared connections
+        self._found = {}
+        # Topics of the warnings that have been issued
+        self._warned = set()
 
     def _unihash(self, tid):
         return self._rqdata.runtaskentries[tid].unihash
 
-    # What is on this machine
-
     def local(self, tids):
-        """The objects of these setscene tasks, with their current hashes, are on this machine"""
+        """Note that the objects of these setscene tasks, with their current hashes, are local"""
         for tid in tids:
             self._local[tid] = self._unihash(tid)
 
     def is_local(self, tid):
-        """Whether that was said for tid, and its hash has not changed since"""
+        """Return whether the object of tid, with its current hash, is local"""
         return tid in self._local and self._local[tid] == self._unihash(tid)
 
     def forget(self, tids):
-        """It is asked for these again: what was known may not be so any more"""
+        """Forget which of these objects are local, since they may have been removed"""
         for tid in tids:
             self._local.pop(tid, None)
 
-    # What is on the mirrors
-
     def query(self, objects, d, siginfo=False, title=None):
         """
-        Ask for objects, a list of (task id, file:// URL), with the fetcher's settings of d: the mirrors of
-        PREMIRRORS, the URL itself, those of MIRRORS. Each answer is remembered as long as the build runs.
+        Query the mirrors of PREMIRRORS, the URL itself and the mirrors of MIRRORS, with the fetcher's settings of d, for
+        objects, a list of (task id, file:// URL). With siginfo, these are URLs of .siginfo files, which the hash
+        equivalence server does not know. title is that of the progress bar.
 
-        Returns {task id: size in bytes, or None if the mirror has not announced it} of those that exist. An
-        object is missing if a mirror gave no answer in the end. Returns None if
-        there are no shared connections, or they failed: the caller has to ask in its own way. siginfo tells
-        that the URLs are not of the objects but of their signatures, which no hash equivalence server knows.
-
-        Blocks until all is answered; raises BBHandledException if the user interrupts. Shows a
-        progress bar with that title.
+        Returns {task id: size in bytes, or None if the mirror has not announced it} of the objects that exist; those
+        without an answer count as missing. Returns None if the shared connections cannot be used, so that the caller has
+        to query by other means. Blocks until there are all answers; raises BBHandledException if the user interrupts.
         """
         server = self._connections.server
         if server is None:
@@ -107,7 +102,6 @@ class Presence:
             if not siginfo and "hashserv" in self._connections.settings.sources:
                 objects = self._known_to_hashserv(objects)
             progress = Progress(title if len(objects) >= PROGRESS_FROM else None, len(objects), d)
-            progress.start()
             query = Query(server, d)
 
             def update(done):
@@ -117,130 +111,99 @@ class Presence:
             sizes = query.run(objects, update)
             self._report(query.unanswered())
             if not siginfo:
-                self._places.update((tid, (query.locations, *place, sizes[tid])) for tid, place in query.places.items())
+                self._found.update((tid, (query.locations, *where, sizes[tid])) for tid, where in query.found.items())
             return sizes
         except bb.BBHandledException:
             raise
         except Exception as e:
             logger.debug("The presence query failed", exc_info=True)
-            self._warn("query", "The query for sstate objects over shared connections failed, asking without them: %r" % e)
+            self._warn("query", "The query for sstate objects over shared connections failed, querying without them: %r" % e)
             return None
         finally:
             if progress:
                 progress.finish()
 
-    def fetchable(self, files, umask, needed=1):
+    def fetchable(self, files, umask, needed=1, settings=()):
         """
-        Allow that the objects which query() has found are fetched ahead of their tasks. files is {task id: list
-        of file names below DL_DIR of the query's d}: the object is the first, and the others are there when it is,
-        if they exist on the mirror. A task that has so many of them, from the first on, as needed says fetches
-        nothing. All are made with that umask, a number. Tasks for which one of settings() is another than usual
-        are left out.
+        Allow objects that query() has found to be fetched ahead of their tasks. files is {task id: list of file names
+        below DL_DIR of the query's d}, the object first; the other files need not exist on the mirror. A task needs no
+        network if the first needed files exist. Files are created with umask, a number. Objects of multiconfigs in which
+        one of the variables in settings, or one of the fetcher's, differs from the default configuration are ignored.
         """
         for tid, names in files.items():
-            locations, place, mirror, size = self._places.pop(tid, (None, None, None, None))
+            locations, mirror_index, mirror, size = self._found.pop(tid, (None, None, None, None))
             old = self.files.get(tid)
             if old and (old.unihash, old.names, old.needed) == (self._unihash(tid), names, needed):
                 continue
-            if locations is not None and self._as_usual(tid):
-                self.files[tid] = Files(names, needed, size, self._unihash(tid), umask, locations, place, mirror)
+            if locations is not None and self._fetches_as_query(bb.runqueue.split_tid_mcfn(tid)[0], settings):
+                self.files[tid] = ObjectFiles(names, needed, size, self._unihash(tid), umask, locations, mirror_index, mirror)
 
     def files_of(self, tid):
-        """The Files of tid's object with its current hash, or None"""
+        """Return the ObjectFiles of tid's object with its current hash, or None"""
         files = self.files.get(tid)
         return files if files and files.unihash == self._unihash(tid) else None
 
-    def _as_usual(self, tid):
-        """Whether a task fetches as the query did"""
-        mc, _, _, taskfn = bb.runqueue.split_tid_mcfn(tid)
-        if mc not in self._usual:
+    def _fetches_as_query(self, mc, settings):
+        """Return whether the settings of the multiconfig mc are those of the query"""
+        if mc not in self._same_settings:
             mcdata = self._rqdata.cooker.databuilder.mcdata
-            self._usual[mc] = not differences(mcdata[mc], mcdata[""])
-        return self._usual[mc] and not self._rqdata.dataCaches[mc].own_settings[taskfn]
+            # PATH may differ between multiconfigs, but leads to the same ssh
+            names = set(settings) | set(FETCHER_SETTINGS) | set(ENVIRONMENT) - {"PATH"}
+            self._same_settings[mc] = all(mcdata[mc].getVar(name) == mcdata[""].getVar(name) for name in names)
+        return self._same_settings[mc]
 
     def _known_to_hashserv(self, objects):
-        """Those of objects whose hash the hash equivalence server knows; all if it cannot be asked, or knows hardly any"""
+        """Return the objects whose hash the hash equivalence server knows, all if it fails or knows too few of them"""
         try:
             exist = bb.parse.siggen.unihashes_exist
         except AttributeError:
-            self._warn("hashserv", "BB_SETSCENE_PRESENCE names hashserv, but there is no hash equivalence server in use")
+            self._warn("hashserv", "BB_SETSCENE_PRESENCE names hashserv, but no hash equivalence server is in use")
             return objects
         try:
             exists = exist({tid: self._unihash(tid) for tid, _ in objects})
             known = [(tid, url) for tid, url in objects if exists[tid]]
             if len(objects) < MANY or len(known) >= len(objects) / 10:
                 return known
-            self._warn("hashserv", "The hash equivalence server knows %d of %d sstate objects, asking the mirrors for all" %
+            self._warn("hashserv", "The hash equivalence server knows %d of %d sstate objects, querying the mirrors for all of them" %
                        (len(known), len(objects)))
             return objects
         except Exception as e:
-            self._warn("hashserv", "The hash equivalence server cannot tell which sstate objects exist, asking the mirrors for all: %r" % e)
+            self._warn("hashserv", "The hash equivalence server could not be queried for sstate objects, querying the mirrors for "
+                       "all of them: %r" % e)
             return objects
 
-    def _report(self, hosts):
-        """Tell, once for each host, of the requests that remained without an answer"""
-        for host in hosts:
-            self._connections.reported.add(host.origin.host)
-            self._warn(host.origin, "Sstate mirror %s://%s did not answer for %d of %d objects, treating them as missing there: %s" %
-                       (host.origin.scheme, host.origin.host, host.unanswered, host.asked, host.reason))
+    def _report(self, mirrors):
+        for mirror in mirrors:
+            self._connections.reported.add(mirror.origin.host)
+            self._warn(mirror.origin, "Sstate mirror %s://%s did not answer for %d of %d objects, treating them as missing there: "
+                       "%s" % (mirror.origin.scheme, mirror.origin.host, mirror.unanswered, mirror.asked, mirror.reason))
 
     def _warn(self, topic, text):
-        if topic not in self._told:
-            self._told.add(topic)
+        if topic not in self._warned:
+            self._warned.add(topic)
             logger.warning(text)
 
 
-def settings(d):
+class ObjectFiles:
     """
-    Names of the variables that decide from where, to where and how tasks fetch objects. The metadata has its own
-    in the flag settings of the function that BB_HASHCHECK_FUNCTION names.
+    The files of an object that can be fetched ahead of its task. Compared by identity: a new hash has a new one.
+
+    names       file names below directory, the object first
+    needed      how many of these the task needs, so that it fetches nothing
+    size        of the object in bytes, None if the mirror has not announced it
+    mirror      (origin, route)
     """
-    return tuple((d.getVarFlag(d.getVar("BB_HASHCHECK_FUNCTION") or "", "settings") or "").split()) + SETTINGS
+    __slots__ = ("names", "needed", "size", "unihash", "umask", "mirror", "_locations", "_mirror_index")
 
-
-def differences(d, other):
-    """Those of settings() for which d has not the value of other, or none that can be told"""
-    def differs(name):
-        try:
-            return d.getVar(name) != other.getVar(name)
-        except bb.data_smart.ExpansionError:
-            return True
-
-    return [name for name in settings(other) if differs(name)]
-
-
-def own_settings(d, config):
-    """
-    Those of settings() which a recipe, whose datastore is d, does not have from the configuration, for the cache.
-    What has no influence on whether that is valid, as SSTATE_DIR, counts as it was when the recipe was parsed.
-    """
-    if d.getVar("__SKIPPED", False):
-        return []
-    own = differences(d, config)
-    if d.getVarFlag("BB_ALLOWED_NETWORKS", d.getVar("PN") or "", False):
-        own.append("BB_ALLOWED_NETWORKS")
-    return own
-
-
-class Files:
-    """
-    What can be fetched ahead for a task: names of files below directory. Compared by identity: if the
-    task's hash changes there is another one.
-    """
-    __slots__ = ("names", "needed", "size", "unihash", "umask", "mirror", "_locations", "_place")
-
-    def __init__(self, names, needed, size, unihash, umask, locations, place, mirror):
+    def __init__(self, names, needed, size, unihash, umask, locations, mirror_index, mirror):
         self.names = names
-        # With how many of them the task fetches nothing
         self.needed = needed
-        # Of the object, in bytes; None if the mirror has not told
         self.size = size
         self.unihash = unihash
         self.umask = umask
-        self._locations = locations
-        self._place = place
-        # Its origin, and the route to it
         self.mirror = mirror
+        self._locations = locations
+        self._mirror_index = mirror_index
 
     @property
     def directory(self):
@@ -248,36 +211,32 @@ class Files:
 
     def describe(self, name):
         """
-        The members of a Request for one of the files, on the mirror that has the object. Raises ValueError
-        if the fetcher would not get it from there under that name.
+        Return the arguments of a Request for one of the files, on the mirror that has the object. Raises ValueError
+        if the fetcher would not fetch it from there, or to another path.
         """
         url = "file://%s;downloadfilename=%s" % (name, name)
         _, uds = self._locations.find(url)
-        ud = uds[self._place] if self._place < len(uds) else None
-        # A mirror need not be one for all of the files, then another has its place
+        ud = uds[self._mirror_index] if self._mirror_index < len(uds) else None
+        # A mirror may apply to some of the names only, which shifts the index of the others
         if ud is None or not shared.supports(ud, self._locations.d) or ud.localpath != os.path.join(self.directory, name):
-            raise ValueError("the fetcher gets %s from, or puts it, elsewhere" % name)
+            raise ValueError("the fetcher uses another location or path for %s" % name)
         return self._locations.describe("GET", ud)
 
 
 class Progress:
-    """The progress bar of a query, updated a few times a second by presencequery.py; none without a title"""
+    """The progress bar of a query; none without a title"""
 
     def __init__(self, title, total, d):
-        self.title = title
-        self.total = total
-        self.d = d
-        self._shown = False
-
-    def start(self):
-        if self.title:
-            bb.event.fire(bb.event.ProcessStarted(self.title, self.total), self.d)
-            self._shown = True
+        self._title = title
+        self._d = d
+        self._fire(bb.event.ProcessStarted, total)
 
     def update(self, done):
-        if self.title:
-            bb.event.fire(bb.event.ProcessProgress(self.title, done), self.d)
+        self._fire(bb.event.ProcessProgress, done)
 
     def finish(self):
-        if self._shown:
-            bb.event.fire(bb.event.ProcessFinished(self.title), self.d)
+        self._fire(bb.event.ProcessFinished)
+
+    def _fire(self, event, *args):
+        if self._title:
+            bb.event.fire(event(self._title, *args), self._d)

@@ -7,18 +7,19 @@
 """
 One batch query for the presence of files on mirrors.
 
-Used by presence.py. Where a file may be is what fetch2 says: its own rules turn
-a URL into those of the mirrors, in the order in which it would try them, and a
-mirror is asked only for what those before it lack, or while those do not answer.
-http, https and sftp are asked over the shared connections, everything else
-(file, s3, a FETCHCMD_wget), and a server that those do not understand, by the
-fetcher's own checkstatus(), as many at a time as BB_NUMBER_THREADS.
+Called by presence.py. fetch2 turns each URL into those of the mirrors, in the
+order in which it would try them. A mirror is queried only for files that the
+mirrors before it lack, or while these do not answer. http, https and sftp
+mirrors are queried over the shared connections; all others (file, s3, with a
+FETCHCMD_wget), and servers whose answers those do not understand, by the
+fetcher's own checkstatus() in BB_NUMBER_THREADS threads.
 
-Everything runs in the caller's thread, except for one function that is marked.
+All state belongs to the caller's thread, except in _checkstatus() and _exists().
+Answers are not kept for other queries.
 
     query = Query(server, d)
     sizes = query.run([(tid, "file://..."), ...], update=print)
-    query.unanswered()      # the hosts that have not answered all
+    query.unanswered()      # the mirrors that have not answered all requests
 """
 
 import collections
@@ -37,52 +38,50 @@ from bb.fetch2 import shared
 
 logger = logging.getLogger("BitBake.RunQueue")
 
-# Objects that are being asked for at the same time. What is behind them is not even turned into
-# URLs yet, for which much more memory is needed than for the answer.
+# Objects that are queried at the same time: their URLs and requests take much more memory than the answers
 WINDOW = 2048
-
-# Requests that are handed over together: each batch wakes the connection thread. The first is smaller, so that connecting
-# starts early.
+# Requests that are submitted together: each batch wakes the connection thread
 BATCH = 64
+# Requests in the first batch, a small one so that connecting starts early
 FIRST_BATCH = 8
-
-# Statuses that the fetcher need not check, nor those of 500 and above
+# Statuses below 500 for which the fetcher's checkstatus() is not called
 FINAL = (200,) + MISSING
-
-# Seconds between two looks at the clock and at the user's interrupts, and between two updates of the progress
+# Seconds between two checks for an interrupt while there are no answers
 STEP = 0.5
+# Seconds between two progress updates
 PROGRESS = 0.2
-
-# Files that a mirror is asked for again at the end, of those that it has said to be absent, if it answers many requests
-# at once: some servers mix up answers, which is not noticed if both of them are 404
+# Absent files of a pipelining mirror that are queried again at the end, since some servers mix up answers, which is not
+# noticed between two answers of 404
 SAMPLE = 64
-# Queries for fewer files are not checked
+# Smallest number of absent files for that check: few of them cost little if they exist
 CHECKED_FROM = 32
-
-# Seconds without any answer after which the query fails; a silent mirror is suspended much earlier
+# Seconds without any answer after which the query fails; a mirror without answers is suspended much earlier
 DEADLINE = 900
 
 
 class Item:
     """
-    An object that is being asked for. candidates are FetchData, where it may be; those up to place were asked for, and
-    waiting have not answered yet. hosts are the Mirrors of these.
+    An object that is being queried.
+
+    candidates      FetchData of the URLs where it may be
+    mirror_index    index of the last candidate that was queried
+    waiting         number of candidates without an answer
+    mirrors         Mirrors of the candidates that were queried
     """
-    __slots__ = ("tid", "ud", "candidates", "place", "waiting", "hosts")
+    __slots__ = ("tid", "ud", "candidates", "mirror_index", "waiting", "mirrors")
 
     def __init__(self, tid, ud, candidates):
         self.tid = tid
         self.ud = ud
         self.candidates = candidates
-        self.place = -1
+        self.mirror_index = -1
         self.waiting = 0
-        self.hosts = []
+        self.mirrors = []
 
 
 class Mirror:
     """
-    What became of the requests to a mirror at origin. route is that of the first request, reason why the first that
-    has no answer has none.
+    The requests to a mirror at origin. route is that of the first request, reason describes the first failure.
     """
     def __init__(self, origin, route):
         self.origin = origin
@@ -92,16 +91,16 @@ class Mirror:
 
 
 class Locations:
-    """Where files may be, and how they are asked for there, with the fetcher's settings of d"""
+    """The URLs where files may be, and requests for them, with the fetcher's settings of d"""
 
     def __init__(self, d):
         self.d = d
         self._premirrors = bb.fetch2.mirror_from_string(d.getVar("PREMIRRORS"))
         self._mirrors = bb.fetch2.mirror_from_string(d.getVar("MIRRORS"))
-        self._asked = {}
+        self._described = {}
 
     def find(self, url):
-        """The FetchData of url, and the list of those where the fetcher would look, itself among them"""
+        """Return the FetchData of url, and a list of all FetchData that the fetcher would try, including that"""
         ud = bb.fetch2.FetchData(url, self.d)
         ud.setup_localpath(self.d)
         uds = bb.fetch2.build_mirroruris(ud, self._premirrors, self.d)[1]
@@ -111,40 +110,44 @@ class Locations:
         return ud, uds
 
     def describe(self, method, ud):
-        """The members of a Request for ud. ~/.netrc is read once for each mirror."""
+        """Return the arguments of a Request for ud. Reads ~/.netrc once for each mirror."""
         mirror = ud.url.partition("://")[2].partition("/")[0], ud.type, ud.user, ud.pswd
-        if mirror not in self._asked:
-            verify = ud.type == "sftp" or ud.method.check_certs(self.d)
-            self._asked[mirror] = shared.describe_mirror(ud, shared.environment(ud.type, self.d), verify)
-        return dict(self._asked[mirror], method=method, url=shared.request_url(ud))
+        if mirror not in self._described:
+            self._described[mirror] = shared.describe_mirror(ud, self.d)
+        return dict(self._described[mirror], method=method, url=shared.request_url(ud))
 
 
 class Query:
-    """server is a ConnectionServer, d has the fetcher's settings"""
+    """
+    server is a ConnectionServer, d has the fetcher's settings.
+
+    found       {task id: (index in the list of Locations.find(), (origin, route))} of objects that exist on a mirror with
+                shared connections
+    """
 
     def __init__(self, server, d):
-        # {task id: (where its object was found over the shared connections, as Locations.find() counts, (the mirror's origin,
-        # the route to it))}
-        self.places = {}
+        self.found = {}
         self.locations = Locations(d.createCopy())
         self._server = server
         self._d = self.locations.d
-        # What is left to the fetchers is not for the shared connections
+        # checkstatus() must not use the shared connections
         self._d.delVar(shared.ADDRESS)
         self._network = not bb.utils.to_boolean(d.getVar("BB_NO_NETWORK"))
         self._mirrors = {}
         self._sizes = {}
+        # Items without a result
         self._pending = set()
-        # {Mirror: [(Item, place)] that it has not}, and whether that is being checked
+        # {Mirror: [(Item, mirror_index)]} of absent files, and whether these are being checked
         self._absent = collections.defaultdict(list)
         self._checking = False
-        # Requests that are not submitted yet, {request: (Item, place, Mirror)} of all without an answer, and answers of the
-        # fetchers
+        # Requests to submit
         self._requests = []
+        # {Request: (Item, mirror_index, Mirror)} of requests without an answer
         self._asked = {}
+        # Results of _checkstatus()
         self._answers = collections.deque()
-        # When the last answer arrived
-        self._heard = 0
+        # Time of the last answer
+        self._answered_at = 0
         self._executor = None
         self._ended = False
         self._caches = threading.local()
@@ -153,29 +156,29 @@ class Query:
 
     def run(self, objects, update):
         """
-        Ask for objects, a list of (task id, file:// URL). update(n) is called with how many are
-        answered, not more often than each PROGRESS seconds. Blocks until all are answered. Returns
-        {task id: size, or None if the mirror has not announced it} of those that exist; what a mirror did not answer
-        is missing. Raises BBHandledException if the user interrupts, and TimedOutError.
+        Query objects, a list of (task id, file:// URL). update(number of results) is called every PROGRESS seconds at
+        most. Blocks until there are all results. Returns {task id: size, or None if the mirror has not announced it} of
+        the objects that exist; an object without an answer is missing. Raises BBHandledException if the user interrupts,
+        ConnectionCacheError if the shared connections fail and TimedOutError after DEADLINE.
         """
         with self._stack:
             try:
                 self._loop(collections.deque(objects), update)
                 self._check_absent()
             finally:
-                # Also of mirrors whose answers were not needed in the end
+                # Includes requests to mirrors whose answers were not needed in the end
                 self._ended = True
                 for request in self._asked:
                     request.cancelled = True
         return self._sizes
 
     def unanswered(self):
-        """The Mirrors that have left something unanswered"""
-        return [host for host in self._mirrors.values() if host.unanswered]
+        """Return the Mirrors that have not answered all requests"""
+        return [mirror for mirror in self._mirrors.values() if mirror.unanswered]
 
     def _loop(self, waiting, update):
         total = len(waiting)
-        self._heard = shown = time.monotonic()
+        self._answered_at = shown = time.monotonic()
         while waiting or self._pending:
             for _ in range(min(BATCH if self._mirrors else FIRST_BATCH, len(waiting), WINDOW - len(self._pending))):
                 self._begin(*waiting.popleft())
@@ -185,168 +188,167 @@ class Query:
             idle = self._pending and not self._answers and (len(self._pending) >= WINDOW or not waiting)
             self._server.deliver(STEP if idle else 0)
             while self._answers:
-                self._conclude(*self._answers.popleft())
+                self._on_answer(*self._answers.popleft())
             bb.event.check_for_interrupts()
             if not self._server.is_running:
                 raise ConnectionCacheError("the shared connections have failed")
             now = time.monotonic()
             if now - shown >= PROGRESS:
                 shown = now
-                self._ask_further()
+                self._bypass_failing()
                 update(total - len(waiting) - len(self._pending))
-            if now - self._heard > DEADLINE:
+            if now - self._answered_at > DEADLINE:
                 raise TimedOutError("no answer for %s seconds" % DEADLINE)
 
     def _check_absent(self):
-        """Ask again for some of the files that are absent; if one of them is there now, for all of that mirror"""
+        """Query a sample of the absent files again; if one of them exists, query all absent files of that mirror"""
         self._checking = True
-        for host, all_absent in self._absent.items():
-            if len(all_absent) >= CHECKED_FROM and self._server.pool.has_pipelined(host.origin):
-                sample = random.sample(all_absent, min(SAMPLE, len(all_absent)))
-                if self._recheck(host, sample):
-                    logger.debug("%s: answers were mixed up, asking for one file at a time", host.origin.host)
-                    self._server.distrust(host.origin)
-                    self._recheck(host, all_absent)
+        for mirror, absent in self._absent.items():
+            if len(absent) >= CHECKED_FROM and self._server.pool.has_pipelined(mirror.origin):
+                if self._recheck(mirror, random.sample(absent, min(SAMPLE, len(absent)))):
+                    logger.debug("%s: answers were mixed up, querying one file at a time", mirror.origin.host)
+                    self._server.disable_pipelining(mirror.origin)
+                    self._recheck(mirror, absent)
 
-    def _recheck(self, host, absent):
-        """Returns whether any of the files is there after all"""
-        found = len(self._sizes)
-        for item, place in absent:
+    def _recheck(self, mirror, absent):
+        """Return whether any of the files exists"""
+        before = len(self._sizes)
+        for item, mirror_index in absent:
             if item.tid not in self._sizes:
-                request = Request(**self.locations.describe("HEAD", item.candidates[place]))
-                request.doubted = True
+                request = Request(**self.locations.describe("HEAD", item.candidates[mirror_index]))
+                request.recheck = True
                 item.waiting += 1
-                # All candidates have been asked
-                self._asked[request] = item, place, host
+                # All candidates have been queried
+                self._asked[request] = item, mirror_index, mirror
                 self._pending.add(item)
                 self._requests.append(request)
         self._loop(collections.deque(), lambda done: None)
-        return len(self._sizes) > found
-
-    # An object
+        return len(self._sizes) > before
 
     def _begin(self, tid, url):
-        """Find out where it may be, and ask there first"""
         try:
             ud, uds = self.locations.find(url)
         except bb.fetch2.BBFetchException as e:
-            logger.debug2("Presence of %s cannot be asked for: %s", redact(url), e)
+            logger.debug2("Cannot query %s: %s", redact(url), e)
             return
         item = Item(tid, ud, uds)
         self._pending.add(item)
-        self._ask(item)
+        self._query_next(item)
 
-    def _ask(self, item):
-        """Ask for the next candidate of item. If there is none, and no answer is awaited, it is missing."""
-        while item.place + 1 < len(item.candidates):
-            item.place += 1
-            if self._ask_for(item, item.candidates[item.place]):
+    def _query_next(self, item):
+        """Query the next candidate of item. If there is none, and no request without an answer, the object is missing."""
+        while item.mirror_index + 1 < len(item.candidates):
+            item.mirror_index += 1
+            if self._query(item):
                 item.waiting += 1
                 return
         if not item.waiting:
             self._pending.discard(item)
 
-    def _ask_further(self):
-        """Ask the next mirror for what one that has no answer now was asked for"""
-        failing = {host for host in self._mirrors.values() if not self._server.pool.is_healthy(host.origin, host.route)}
+    def _bypass_failing(self):
+        """Query the next mirror for objects whose mirror does not answer now"""
+        failing = {mirror for mirror in self._mirrors.values() if not self._server.pool.is_healthy(mirror.origin, mirror.route)}
         for item in list(self._pending) if failing else ():
-            if item.waiting == 1 and item.hosts and item.hosts[-1] in failing:
-                self._ask(item)
+            if item.waiting == 1 and item.mirrors and item.mirrors[-1] in failing:
+                self._query_next(item)
 
-    def _ask_for(self, item, ud):
-        """Returns False if ud is not asked for"""
+    def _query(self, item):
+        """Query the current candidate of item. Returns False if the file cannot exist there."""
+        ud = item.candidates[item.mirror_index]
         if ud is item.ud and ud.type == "file":
-            # The metadata has already checked the local file
+            # The metadata has checked the local file already
             return False
         if not shared.supports(ud, self._d):
-            self._check(item, ud)
+            self._check(item, item.mirror_index)
             return True
         if not self._network:
             return False
         try:
             request = Request(**self.locations.describe("HEAD", ud))
         except ValueError as e:
-            # A proxy that is not http, for example: the fetcher may know what to do
+            # The fetcher may support it, such as a SOCKS proxy
             logger.debug2("%s: not over shared connections: %s", redact(ud.url), e)
-            self._check(item, ud)
+            self._check(item, item.mirror_index)
             return True
         if request.origin not in self._mirrors:
             self._mirrors[request.origin] = Mirror(request.origin, request.route)
         # A redirect changes request.origin; the mirror stays the same
-        host = self._mirrors[request.origin]
-        host.asked += 1
-        item.hosts.append(host)
-        self._asked[request] = item, item.place, host
+        mirror = self._mirrors[request.origin]
+        mirror.asked += 1
+        item.mirrors.append(mirror)
+        self._asked[request] = item, item.mirror_index, mirror
         self._requests.append(request)
         return True
 
-    def _conclude(self, item, place, host, response, error):
-        """The candidate of item at place was asked for, over the shared connections if there is a host"""
-        self._heard = time.monotonic()
+    def _on_answer(self, item, mirror_index, mirror, response, error):
+        """Process the result for a candidate of item. mirror is None if it comes from the fetcher's checkstatus()."""
+        self._answered_at = time.monotonic()
         if item not in self._pending:
             # Another mirror has answered before
             return
-        if host and type(error) in (Cancelled, ConnectionCacheError):
-            # The connections have ended, or have a fault: that says nothing of the mirror
+        ud = item.candidates[mirror_index]
+        if mirror and type(error) in (Cancelled, ConnectionCacheError):
+            # The shared connections have ended or failed, so the object may exist
             raise error
-        if host and not (shared.is_final(error.kind) if error else response.status in FINAL or response.status >= 500):
-            # The fetcher may understand it
-            logger.debug2("%s: not over shared connections: %s", redact(item.candidates[place].url), error or response.status)
-            self._check(item, item.candidates[place], place)
+        if mirror and not (shared.is_final(error.kind) if error else response.status in FINAL or response.status >= 500):
+            # The fetcher may understand the answer
+            logger.debug2("%s: not over shared connections: %s", redact(ud.url), error or response.status)
+            self._check(item, mirror_index)
             return
-        if error and not host:
-            bb.error("Presence of %s cannot be asked for: %r" % (redact(item.candidates[place].url), error))
+        if error and not mirror:
+            bb.error("Cannot query %s: %r" % (redact(ud.url), error))
         item.waiting -= 1
         if response is not None and response.status == 200:
             self._sizes[item.tid] = response.length
-            if host:
-                self.places[item.tid] = place, (host.origin, host.route)
+            if mirror:
+                self.found[item.tid] = mirror_index, (mirror.origin, mirror.route)
             self._pending.discard(item)
             return
-        if host and not self._checking and (error or response.status >= 500):
-            host.unanswered += 1
-            host.reason = host.reason or (str(error) if error else "status %s" % response.status)
-        elif host and not self._checking:
-            self._absent[host].append((item, place))
-        self._ask(item)
+        if mirror and not self._checking:
+            if error or response.status >= 500:
+                mirror.unanswered += 1
+                mirror.reason = mirror.reason or (str(error) if error else "status %s" % response.status)
+            else:
+                self._absent[mirror].append((item, mirror_index))
+        self._query_next(item)
 
     def _done(self, request, response, error):
-        """Of the server"""
+        # Called by server.deliver()
         if not self._ended:
-            self._conclude(*self._asked.pop(request), response, error)
+            self._on_answer(*self._asked.pop(request), response, error)
 
-    # By the fetcher's own means
-
-    def _check(self, item, ud, place=None):
+    def _check(self, item, mirror_index):
+        """Query a candidate of item by the fetcher's checkstatus()"""
         if self._executor is None:
-            # Once for all threads: the environment belongs to the process
+            # Set once, since all threads share the environment of the process
             self._stack.enter_context(bb.utils.environment(**bb.fetch2.get_fetcher_environment(self._d)))
             bb.event.enable_threadlock()
             self._stack.callback(bb.event.disable_threadlock)
             threads = int(self._d.getVar("BB_NUMBER_THREADS") or 1)
             self._stack.callback(self._close_caches)
             self._executor = self._stack.enter_context(concurrent.futures.ThreadPoolExecutor(threads))
-        self._executor.submit(self._checkstatus, item, ud, item.place if place is None else place)
+        self._executor.submit(self._checkstatus, item, mirror_index)
 
     def _close_caches(self):
         for cache in self._caches_made:
             cache.close_connections()
 
-    def _checkstatus(self, item, ud, place):
-        """In a thread of the executor"""
+    def _checkstatus(self, item, mirror_index):
+        # Called in a thread of the executor
+        ud = item.candidates[mirror_index]
         response = error = None
         try:
-            if not self._ended and not bb.event._should_exit.is_set() and self._found(item, ud):
+            if not self._ended and not bb.event._should_exit.is_set() and self._exists(item, ud):
                 response = Response(200, {}, None)
         except bb.fetch2.BBFetchException as e:
             logger.debug2("%s: %s", redact(ud.url), e)
         except Exception as e:
             error = e
-        self._answers.append((item, place, None, response, error))
+        self._answers.append((item, mirror_index, None, response, error))
         self._server.wake()
 
-    def _found(self, item, ud):
-        """What Fetch.checkstatus() does with one of the URLs"""
+    def _exists(self, item, ud):
+        """Return what Fetch.checkstatus() returns for one of the URLs. Called in a thread of the executor."""
         if not hasattr(self._caches, "connections"):
             self._caches.connections = bb.fetch2.FetchConnectionCache()
             self._caches_made.append(self._caches.connections)

@@ -5,37 +5,38 @@
 #
 
 """
-The shared connections (bb.connections) during a build.
+The shared connections (bb.connections) of a build.
 
-The runqueue makes one SharedConnections object, starts it before the metadata
-is asked which sstate objects exist and stops it at its own end, so that a
-memory resident server parses, and forks, without any connection or thread.
-Setscene tasks and the fetchers in the server find the socket in the datastore
-(fetch2/shared.py); the presence query and prefetch use the server directly.
+The runqueue creates one SharedConnections object, starts it before the metadata
+queries sstate objects and stops it when the build ends, so that a memory
+resident server parses, and forks, without connections or their thread. Setscene
+tasks and the fetchers in the server find the socket's address in the datastore
+(fetch2/shared.py). The presence query and prefetch use the server directly.
 
     connections = SharedConnections(cooker, d)
     connections.start()                     # fatal error if a variable is invalid
     if connections.server:
         ...
-    connections.stop()                      # reports what was done
+    connections.stop()                      # reports the statistics
 
-Called in the runqueue's thread only.
+All state belongs to the runqueue's thread; that of server.pool and
+server.peers, which is only read here, to the server's.
 """
 
 import bb
 import bb.event
 from bb.connections.server import ConnectionServer
-from bb.networksettings import ADDRESS, STRANGE, settings
+from bb.networksettings import ADDRESS, settings
 
-# Seconds of a pause that a mirror asks for which the user wants to know about
+# Shortest pause in seconds, requested by a mirror, that is reported: shorter ones are not noticed
 REPORTED_PAUSE = 5
 
 
 class SharedConnections:
     """
-    server      a ConnectionServer, None if there are no shared connections
-    settings    of bb.networksettings, once it has been started
-    prefetch    what fetches objects ahead of their tasks (bb.prefetch), or None
+    server      ConnectionServer, None if there are no shared connections
+    settings    bb.networksettings.Settings, once start() has been called
+    prefetch    Prefetch object of the build, or None
     reported    names of the hosts whose failures have been reported
     """
 
@@ -48,14 +49,12 @@ class SharedConnections:
         self.reported = set()
         # Origins of hosts whose pauses have been reported
         self._paused = set()
-        # Origins of hosts which have sent something else than was asked for
-        self._strange = set()
 
     def start(self, needed=True):
         """
-        Start the server, and publish its address. Does not block. If that is
-        not possible, the build continues without. Fatal error if a variable is
-        invalid, even if there is nothing to start.
+        Start the server, if needed, and publish its address. Does not block. If
+        the server cannot be started, the build continues without it. An invalid
+        variable is a fatal error in any case.
         """
         try:
             self.settings = settings(self.d)
@@ -75,8 +74,8 @@ class SharedConnections:
 
     def stop(self):
         """
-        Cancel what has not been answered, close everything and report what was done. Blocks until the server's thread
-        has ended, which is at most 20 seconds. May be called more than once.
+        Cancel the requests without an answer, close all connections and report the statistics. Blocks until the server's
+        thread has ended, 20 seconds at most. May be called more than once.
         """
         server, self.server = self.server, None
         if not server:
@@ -93,25 +92,18 @@ class SharedConnections:
         self._report(server)
 
     def report_pauses(self):
-        """Tell the user, once for each, which hosts want to be left in peace for a while"""
-        for host in list(self.server.pool.hosts.values()) if self.server else ():
+        """Report the hosts that request a pause, each of them once"""
+        for host in list(self.server.pool.hosts.values()):
             seconds = host.health.retry_after
             if seconds and seconds >= REPORTED_PAUSE and host.origin not in self._paused:
                 self._paused.add(host.origin)
-                bb.note("Sstate mirror %s://%s asks to wait for %d seconds" % (host.origin.scheme, host.origin.host, seconds))
-
-    def report_strange(self, origin):
-        """A file of this host does not begin as it has to"""
-        if origin not in self._strange:
-            self._strange.add(origin)
-            # Tasks may find the same
-            bb.warnonce(STRANGE % (origin.scheme, origin.host))
+                bb.note("Sstate mirror %s://%s requests a pause of %d seconds" % (host.origin.scheme, host.origin.host, seconds))
 
     def _report(self, server):
         hosts = list(server.pool.hosts.values())
         for host in hosts:
-            if host.health.trouble and host.origin.host not in self.reported:
-                bb.warn("Shared connections to %s were suspended: %s" % (host.origin.host, host.health.trouble))
+            if host.health.suspension_reason and host.origin.host not in self.reported:
+                bb.warn("Shared connections to %s were suspended: %s" % (host.origin.host, host.health.suspension_reason))
             done = host.statistics
             bb.debug(1, "Sstate network, %s://%s: %s, %s" % (host.origin.scheme, host.origin.host, count(done.files, "file"),
                                                             describe(done.bytes, done.requests, done.connections,
@@ -128,7 +120,7 @@ class SharedConnections:
 
 
 def describe(size, requests, connections, retries, refusals, seconds=None):
-    """What was done over the network, for a message"""
+    """Return statistics as a part of a message"""
     return "%.1f MiB%s, %s over %s (%s, %s)" % (size / 1048576, "" if seconds is None else " in %.1f s" % seconds,
                                                count(requests, "request"), count(connections, "connection"),
                                                "1 retry" if retries == 1 else "%s retries" % retries,
@@ -138,6 +130,6 @@ def count(number, noun):
     return "%s %s%s" % (number, noun, "" if number == 1 else "s")
 
 def serverlog(message):
-    # Importing it earlier would be circular
+    # At the top of the file, the import would be circular
     import bb.server.process
     bb.server.process.serverlog("Shared connections: " + message)

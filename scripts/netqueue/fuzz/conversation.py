@@ -196,7 +196,7 @@ class Conversation:
             must((response is None) != (error is None), "%s and %s" % (response, error))
             self.answers[request] = response, error
             if response:
-                verdict = connection.judge(request, response)
+                verdict = connection.classify(request, response)
                 must((verdict[0] is None) != (verdict[1] is None), "%s and %s" % verdict)
                 last_modified(response.headers)
                 hash(response.validators)

@@ -7,38 +7,30 @@
 """
 Shared connections to mirrors, over http, https and sftp.
 
-One thread runs a private asyncio event loop which owns everything: the
-connections, the requests that are queued or in flight, and the Unix socket by
-which other processes use them. Nothing in here knows what the files are for.
+One thread runs a private asyncio event loop, which owns the connections, the
+requests and the Unix socket for other processes. Map of the package, in which
+modules import only from those below them; the error classes are in this file:
 
-    server.py       the thread; batches of requests in, batches of answers out
-    peers.py        the socket and the processes at its other end
-    protocol.py     the messages on the socket
-    client.py       the other end of the socket: blocking, without asyncio
-    pool.py         all hosts, and what they have answered so far
-    host.py         one host: its requests, and what becomes of them
-    failures.py     what becomes of requests that were not answered
-    lanes.py        its connections
-    health.py       when to ask it
-    growth.py       over how many connections it pays to ask it
-    doubt.py        answers that may be about a file or about the host
-    requestqueue.py the requests that wait
-    pipelining.py   what may be in flight on a connection at the same time
-    pace.py         how many requests a second a host takes
-    connection.py   what the protocols have in common
-    http.py         HTTP/1.1
-    splice.py       long bodies from a socket into a file
-    sftp.py, ssh.py SFTP over the program ssh
-    request.py      a request and its answer, URLs, proxies
-
-Modules import from those below them only. This file has the errors.
+    client.py           blocking client of the socket, for tasks
+    server.py           the thread: accepts batches of requests, delivers batches of answers
+    peers.py            the server's end of the socket; protocol.py: the messages
+    pool.py             all hosts, and the cache of answers. To add a protocol, add a subclass
+                        of connection.Connection and a coroutine to PROTOCOLS.
+    host.py             one host: dispatches its requests (requestqueue.py), sorts the answers
+    failures.py         retries. HTTPConnection.classify() makes a 503 a RefusedError, which
+                        refused() in here handles; diagnosis.py: file or host at fault?
+    connectionset.py    opens, fills and closes the connections of a host, whose number is
+                        decided in growth.py (do more help?) and health.py (refusals)
+    pipelining.py       requests in flight on a connection; ratelimit.py: requests per second
+    http.py, splice.py, sftp.py, ssh.py, connection.py (base class)     the protocols
+    request.py          a request with its URL and route, and its answer
 """
 
 
 class ConnectionCacheError(Exception):
     """
-    Base class of the errors of this package; itself an internal error. A file
-    that does not exist is an answer, not an error.
+    Base class of this package's errors; an instance of it is an internal error.
+    "File not found" is an answer, not an error.
 
     kind        as in protocol.py
     retryable   whether the same request may succeed on another connection
@@ -51,7 +43,7 @@ class ConnectionCacheError(Exception):
 
 
 class ConnectError(ConnectionCacheError):
-    """No connection: name resolution, connection refused, TLS, login, or the host is suspended"""
+    """The connection failed: name resolution, connection refused, TLS, login; or the host is suspended"""
     kind = "connect"
 
     def __init__(self, message, retryable=True):
@@ -66,16 +58,16 @@ class ProtocolError(ConnectionCacheError):
 
 
 class Disconnected(ProtocolError):
-    """Closed before the first byte of an answer, which is how some servers decline to serve"""
+    """The server closed the connection before the first byte of an answer, as some do to refuse service"""
     kind = "refused"
 
 
 class IdleClosed(Disconnected):
-    """Closed while no request was in flight, which a server may do at any time (RFC 9112 9.5)"""
+    """The server closed the connection while it was idle, which it may do at any time (RFC 9112 9.5)"""
 
 
-class Disagreement(ProtocolError):
-    """The answer contradicts an earlier one about the same file: it may be the answer to another request"""
+class InconsistentAnswer(ProtocolError):
+    """The answer contradicts an earlier one about the same file, so it may belong to another request"""
 
 
 class TimedOutError(ConnectionCacheError):
@@ -85,7 +77,7 @@ class TimedOutError(ConnectionCacheError):
 
 
 class RefusedError(ConnectionCacheError):
-    """The server is up but declines to serve. retry_after: the seconds it asked to wait, or None."""
+    """The server refuses service for now. retry_after is how many seconds it asks to wait, or None."""
     kind = "refused"
     retryable = True
 
@@ -95,7 +87,7 @@ class RefusedError(ConnectionCacheError):
 
 
 class StatusError(ConnectionCacheError):
-    """A status which says neither that the file exists nor that it does not"""
+    """The status indicates neither that the file exists nor that it does not"""
     kind = "status"
 
     def __init__(self, message, status):
@@ -104,14 +96,16 @@ class StatusError(ConnectionCacheError):
 
 
 class DestinationError(ConnectionCacheError):
-    """The file for the body cannot be written"""
+    """The body cannot be written to the destination file"""
     kind = "destination"
 
 
 class Cancelled(ConnectionCacheError):
-    """The answer is not needed any more"""
     kind = "cancelled"
 
+    def __init__(self, message="the answer is no longer needed"):
+        super().__init__(message)
 
-class Changed(ConnectionCacheError):
-    """Not an error: the request has been changed, by a redirect for example, and has to be sent again"""
+
+class Resubmit(ConnectionCacheError):
+    """Not an error: the request was changed, for example by a redirect, and has to be submitted again"""

@@ -5,10 +5,10 @@
 #
 
 """
-A task's end of the socket: sends a request to the server, and waits for the answer.
+Blocking client of the connection server's socket.
 
-Used by fetch2/shared.py. Imports no asyncio, since every task pays for what is imported here. A Client belongs to one
-thread. It does not know what to do without the server.
+Used by fetch2/shared.py in setscene tasks, which fetch in another way if the server fails. Does not import asyncio,
+which would slow down every task. A Client must be used by one thread only. protocol.py specifies the messages.
 
     client = Client(address)
     answer = client.ask({"method": "HEAD", "url": "https://..."})
@@ -20,7 +20,7 @@ import time
 
 from bb.connections import ConnectionCacheError, ProtocolError, protocol
 
-# Seconds without a byte of the answer after which a request is given up
+# Seconds without progress after which a request fails; longer than the server takes to give up on a silent host
 ANSWER_TIMEOUT = 1200
 
 # size (bytes) and modified (seconds since the epoch) may be None
@@ -28,11 +28,11 @@ Answer = collections.namedtuple("Answer", "status size modified")
 
 
 class ServerError(ConnectionCacheError):
-    """The server, or its socket, has failed, and is not used any more"""
+    """The server or its socket has failed and is no longer used"""
 
 
 class Client:
-    """A connection to the server at address, made by the first request. After a ServerError every call raises that."""
+    """The first request connects to address. After a ServerError every further call raises it again."""
 
     def __init__(self, address):
         self.address = address
@@ -43,15 +43,15 @@ class Client:
 
     def ask(self, message, fd=None, interrupted=lambda: False):
         """
-        Send a request (protocol.py, without an id), and return the Answer to it. Blocks until there is one: the server
-        has to send something every protocol.SILENCE_SECONDS, and something new every ANSWER_TIMEOUT. Raises
-        ServerError, and ConnectionCacheError with the kind that the server sent if the request itself has failed, or
-        interrupted() is true.
+        Send a request (see protocol.py, without an id) and return its Answer. Blocks until the answer arrives, as long
+        as the server sends a message every protocol.SILENCE_SECONDS and reports progress every ANSWER_TIMEOUT seconds.
+        Raises ServerError, or, if the request has failed or interrupted() returns true, a ConnectionCacheError whose
+        kind is the one that the server reported.
         """
         if self._error:
             raise self._error
         self._number += 1
-        # What is too long for a message is not a fault of the server
+        # Outside the try block: a request that is too long for a message is not a failure of the server
         data = protocol.encode(dict(message, id=self._number))
         try:
             if self._sock is None:
@@ -83,7 +83,7 @@ class Client:
             raise ProtocolError("the server speaks version %r, not %s" % (hello.get("hello"), protocol.VERSION))
 
     def _wait(self, interrupted):
-        """Returns the answer to the last request, as it was sent"""
+        """Returns the answer message for the last request"""
         progress, deadline = None, time.monotonic() + ANSWER_TIMEOUT
         while True:
             reply = protocol.receive(self._sock, 0)[0]

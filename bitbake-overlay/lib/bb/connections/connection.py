@@ -5,19 +5,18 @@
 #
 
 """
-What a connection has whatever protocol it speaks: a receive buffer, the
-requests in flight, and a timer for silence.
+Base class of connections: receive buffer, requests in flight, time-outs.
 
-Base class of http.HTTPConnection and sftp.SFTPConnection. A subclass has a
-generator parse(), which is resumed whenever data has arrived, calls answer()
-for each request that is answered, and yields when it needs more data. All
-answers of one read are then passed to the owner (host.py) in one call:
+Subclassed by http.HTTPConnection and sftp.SFTPConnection. A subclass implements
+parse(), a generator that is resumed whenever data has arrived, calls answer()
+for each answered request, and yields when it needs more data. All answers of
+one read are then passed to the owner (host.py) in one call:
 
     owner.answered(connection, [(request, response, error), ...])
     owner.ended(connection, error)      # exactly once; error is None for an orderly end
 
-After ended() in_flight has the requests that will not be answered. Everything
-runs in the thread of the event loop, and nothing blocks.
+After ended(), in_flight holds the requests that remain unanswered. Runs in the
+event loop's thread and does not block. Does not retry requests.
 """
 
 import asyncio
@@ -25,27 +24,31 @@ import collections
 
 from bb.connections import ConnectionCacheError, Disconnected, ProtocolError, TimedOutError
 
-# Bytes a second that have to arrive while an answer does, and seconds over which that is measured
+# Bytes per second below which an answer that has begun times out; any usable link is faster
 MIN_RATE = 1000
+# Seconds over which that rate is measured, so that a short stall does not matter
 RATE_SECONDS = 30
-# Bytes of the receive buffer: twice the longest part of an answer that has to be in it as a whole, an SFTP packet
+# Bytes of the receive buffer: twice the longest unit that has to fit into it, an SFTP packet
 BUFFER = 512 * 1024
 
 
 class Connection(asyncio.BufferedProtocol):
     """
-    timeout is how many seconds without any data end the connection in the middle
-    of an answer, and before one unless set_timeout() says something else.
+    The connection times out after timeout seconds without data; set_timeout()
+    changes that for the time before an answer begins.
 
-    origin, route   which host, and how it is reached
-    in_flight       requests that are not answered yet, in the order of sending
-    served          number of answers so far
-    announced       the server has announced that it closes the connection
-    untidy          something has arrived that belongs to no answer, and might be mistaken for one
-    retiring        the owner sends no further requests on it
+    origin, route       the host, and how it is reached
+    in_flight           requests without an answer, in the order of sending
+    served              number of answers so far
+    arrived             number of bytes received so far
+    close_announced     the server has announced that it will close the connection
+    has_stray_data      data has arrived that belongs to no answer, and could be mistaken for one
+    retiring            the owner sends no further requests on it
     """
-    # Open connections to a host one after the other only; try whether requests can be pipelined
-    serial = tried = False
+    # Whether connections to a host are opened only one at a time
+    serial = False
+    # Whether answers are matched by order only, so that pipelining has to be tried out first (pipelining.py)
+    needs_trial = False
 
     def __init__(self, loop, owner, origin, route, timeout):
         self.loop = loop
@@ -55,18 +58,18 @@ class Connection(asyncio.BufferedProtocol):
         self.timeout = self.idle = self._longest = timeout
         self.in_flight = collections.deque()
         self.served = 0
-        self.announced = self.untidy = self.retiring = self.is_open = False
+        self.close_announced = self.has_stray_data = self.retiring = self.is_open = False
         self.transport = None
-        # What has been received and not been used yet is between start and end
+        # The data that parse() has not consumed yet is between start and end
         self.data = bytearray(BUFFER)
         self.view = memoryview(self.data)
         self.start = self.end = 0
-        # Whether parse() has used the beginning of an answer
+        # Whether parse() has consumed the beginning of an answer
         self.in_answer = False
         self._answers = []
-        self._heard = self._timer = None
-        # Bytes so far; the same when the rate was last measured, with served and the time
+        self._last_data = self._timer = None
         self.arrived = 0
+        # Values of arrived, served and the time when the rate was last measured
         self._measured = 0, 0, 0
         self._parser = self.parse()
 
@@ -77,7 +80,7 @@ class Connection(asyncio.BufferedProtocol):
         self._watch()
 
     def get_buffer(self, sizehint):
-        # The part of an answer that is left goes to the front
+        # Move the unconsumed data to the front
         left = self.end - self.start
         self.data[:left] = self.data[self.start:self.end]
         self.start, self.end = 0, left
@@ -99,50 +102,48 @@ class Connection(asyncio.BufferedProtocol):
             self._resume(self._parser.throw, error)
 
     def set_timeout(self, seconds):
-        """Allow so many seconds without data, from now on, until an answer begins"""
+        """Restart the time-out, which is this many seconds until an answer begins"""
         self.timeout = seconds
         self._watch()
 
     def set_idle(self, seconds):
-        """No request is in flight: close the connection if that stays so for so many seconds"""
+        """Close the connection if no request is sent on it for this many seconds"""
         self.idle = seconds
         self._watch()
 
     def send(self, requests):
-        """Send requests, which are in flight then"""
         was_idle = not self.in_flight
         self.in_flight.extend(requests)
         if was_idle:
             self._watch()
 
     def close(self, error=None):
-        """End the connection. owner.ended() is called, unless it was before."""
+        """Close the connection and call owner.ended(), unless that has been done before"""
         if self.is_open:
             self._end()
             self.owner.ended(self, error)
 
     @staticmethod
-    def judge(request, response):
-        """Returns (response, None), or (None, error) with the error or the change of request that response means"""
+    def classify(request, response):
+        """Returns (response, None), or (None, error) if response means a failure or that the request was changed"""
         return response, None
 
     def parse(self):
-        """Generator that uses what is between start and end. Returns when the server has announced the connection's end."""
+        """Generator that consumes the data between start and end. Returns at an orderly end of the connection."""
         raise NotImplementedError
 
     def answer(self, request, response, error=None):
-        """request is answered, and not in flight any more"""
+        """Record the answer to request, which the subclass has removed from in_flight"""
         self.served += 1
         self._answers.append((request, response, error))
 
     def updated(self):
-        """Data has arrived"""
         if self.is_open:
-            self._heard = self.loop.time()
+            self._last_data = self.loop.time()
             self._resume(next, self._parser)
 
     def _resume(self, step, argument):
-        """Resume parse(), and pass on what that has led to"""
+        """Resume parse() and report its answers and its end to the owner"""
         ended, error = True, None
         try:
             step(argument)
@@ -155,7 +156,7 @@ class Connection(asyncio.BufferedProtocol):
             error = ProtocolError("%s: %r" % (self.origin.host, e))
         answers, self._answers = self._answers, []
         if ended:
-            # Before its answers are passed on: nothing may be sent on it any more
+            # Before the answers are reported, so that the owner sends nothing further on this connection
             self._end()
         if answers:
             self.owner.answered(self, answers)
@@ -169,9 +170,8 @@ class Connection(asyncio.BufferedProtocol):
         self.transport.abort()
 
     def _watch(self):
-        """Measure the silence from now on"""
-        self._heard = self.loop.time()
-        self._measured = self.arrived, self.served, self._heard
+        self._last_data = self.loop.time()
+        self._measured = self.arrived, self.served, self._last_data
         if self._timer:
             self._timer.cancel()
         if self.is_open:
@@ -180,9 +180,9 @@ class Connection(asyncio.BufferedProtocol):
     def _expect_data(self):
         now = self.loop.time()
         longest = self._longest if self.in_answer else self.timeout
-        due = self._heard + (longest if self.in_flight else self.idle)
+        due = self._last_data + (longest if self.in_flight else self.idle)
         if due > now and self._is_fast(now):
-            # Moved on here instead of at each read, of which there are many
+            # The timer is renewed here rather than at each read, which would cost more
             self._timer = self.loop.call_at(min(due, now + RATE_SECONDS), self._expect_data)
         elif not self.in_flight:
             self.close()
@@ -192,7 +192,7 @@ class Connection(asyncio.BufferedProtocol):
             self.close(TimedOutError("%s: no data for %s seconds" % (self.origin.host, longest)))
 
     def _is_fast(self, now):
-        """Whether enough of an answer that has begun is arriving"""
+        """Whether an answer that has begun arrives at MIN_RATE"""
         arrived, served, since = self._measured
         if now - since < RATE_SECONDS and served == self.served:
             return True

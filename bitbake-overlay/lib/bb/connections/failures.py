@@ -5,179 +5,176 @@
 #
 
 """
-Retry or fail requests that were not answered, and report failures of the host.
+Retry or fail requests that were not answered, and record failures of the host.
 
-Used by host.py, in the thread of the event loop. Whether a refusal or an error
-of the server is about a file or about the host is found out by doubt.py. A file
-takes a bounded number of attempts. health.py decides whether the host is asked
-at all.
+Used by host.py in the event loop's thread. The number of attempts for each
+request is bounded. diagnosis.py determines whether a refusal or a server error
+concerns the file or the host; health.py, whether the host is used at all.
 
     failures = Failures(host, pool)
-    failures.refuse(request, RefusedError("status 503"))
+    failures.refused(request, RefusedError("status 503"))
 """
 
 from bb.connections import Cancelled, RefusedError, StatusError
-from bb.connections.doubt import ANSWERED, HOST
+from bb.connections.diagnosis import ANSWERED, HOST
 from bb.connections.health import MAX_PAUSE, PAUSE, UNWILLING
 from bb.connections.request import redact
 
-# Attempts for a request if the connection fails, if it is refused while others are answered, and if it is answered by an
-# error of the server or not at all
+# Attempts for a request whose connection fails; a server that breaks connections at random is unlikely to break four
 ATTEMPTS = 4
+# Attempts for a request that is refused while others are answered: they last about 40 seconds
 REFUSED_ATTEMPTS = 12
+# Attempts for a refused request if no other one has succeeded after a refusal meanwhile: the refusals concern the files
+UNRECOVERED_ATTEMPTS = 4
+# Attempts for a request that is answered with a server error: the second one shows whether it was temporary
 ERROR_ATTEMPTS = 2
-# Consecutive refusals that suggest a limit of the host
-LONG = 16
-# Attempts for a request that is refused, if meanwhile none is answered that was refused before
-LONE_ATTEMPTS = 4
+# Consecutive refusals that suggest a rate limit; shorter runs also occur at random
+REFUSAL_RUN = 16
 
 
 class Failures:
     """
-    Of one Host.
+    The failures of one Host.
 
-    waiting     requests that were refused, {request: timer}: they are queued when that expires
-    patience    seconds to wait for an answer that is slow while others are not; reduced after the first that did not come
+    delayed     {request: timer} of refused requests, which are queued again when the timer expires
+    run         number of consecutive refusals
+    patience    seconds to wait for a slow answer while others arrive; reduced after the first that never arrived
     """
 
     def __init__(self, host, pool):
-        self.waiting = {}
+        self.delayed = {}
+        self.run = 0
         self.patience = pool.timeout
         self._host = host
         self._pool = pool
         self._loop = pool.loop
-        # Refusals since the last answer, and whether there were LONG of them since the last verdict
-        self._in_row = 0
-        self._was_long = False
-        # Requests whose refusal has lowered the rate, and which have not been answered since
+        # Whether run has reached REFUSAL_RUN since the last verdict
+        self._had_long_run = False
+        # Unanswered requests whose refusal has lowered the rate
         self._lowered = set()
-        # How many requests have been answered after they were refused
+        # Number of requests that were answered after a refusal
         self._recovered = 0
 
     def retry(self, request, error):
-        """An attempt has failed in a way that says nothing about the host"""
+        """Send request again, or fail it: an attempt has failed, which indicates nothing about the host"""
         request.attempts += 1
         if isinstance(error, StatusError) and error.status == 200 and request.fd is not None and not self._host.unsupported:
-            # It does not announce the size of bodies
+            # The server does not announce the size of bodies
             self._host.unsupported[True] = error
             self._host.submit(self._host.queues.clear())
         if request.cancelled:
-            error = Cancelled("the answer is not needed any more")
+            error = Cancelled()
         elif error.retryable and request.attempts < ATTEMPTS and \
                 not self._host.health.suspended(request.route, self._loop.time()):
-            self._host.statistics.retries += 1
-            self._host.put_back([request])
+            self._resend(request, front=True)
             return
         self._pool.finish(request, None, error)
 
-    def again(self, request):
-        """Queue request again, behind all others"""
+    def _resend(self, request, front=False):
+        """Queue request again, behind the others or in front of them"""
         self._host.statistics.retries += 1
-        self._host.submit([request])
+        (self._host.put_back if front else self._host.submit)([request])
 
-    def slow(self, connection, request, error):
-        """connection has been silent while request, and maybe others, was in flight"""
-        if request.alone:
-            # Others were answered when it became slow. The answer to a probe tells whether they still are.
+    def timed_out(self, connection, request, error):
+        """connection was closed because of a time-out; request was the first one in flight"""
+        if request.exclusive:
+            # It was slow before while others were answered. A probe determines whether they still are.
             self.patience = UNWILLING
-            self._host.doubt.probe_host()
+            self._host.diagnosis.probe_host()
             self._host.finish([request], error)
             return
         health = self._host.health
-        if health.answered_at <= request.sent and not connection.in_answer and request.heard in (None, health.answers):
-            # Nothing was answered since it was sent, or since its last time-out
-            request.heard = health.answers
-            self._host.doubt.probe_host()
+        if health.answered_at <= request.sent and not connection.in_answer and request.answers_before in (None, health.answers):
+            # The host has answered nothing since it was sent, or since its last time-out
+            request.answers_before = health.answers
+            self._host.diagnosis.probe_host()
             self.host_failed(error, request.sent)
         elif not connection.served and not connection.in_answer and not request.attempts:
-            # There may be fewer workers than connections
+            # The server may have fewer workers than there are connections
             request.attempts = 1
-            self._host.limit_connections(len(self._host.lanes.connections))
+            self._host.limit_connections(len(self._host.connections.established))
         else:
-            request.alone = True
-        self.again(request)
+            request.exclusive = True
+        self._resend(request)
 
-    def refuse(self, request, error):
-        """request was refused"""
+    def refused(self, request, error):
+        """Delay, hold or fail request after a RefusedError, which is how a 503 or 429 arrives here"""
         self._host.statistics.refusals += 1
         self._host.limit_connections()
-        self._in_row += 1
-        self._was_long = self._was_long or self._in_row >= LONG
+        self.run += 1
+        self._had_long_run = self._had_long_run or self.run >= REFUSAL_RUN
         if request.cancelled or request.probe:
             self._host.finish([request], error)
-        elif (request.refusals + 1) % LONE_ATTEMPTS and self._is_expected(request):
-            self._adapt_pace(request)
-            self._wait(request, error)
+        elif (request.refusals + 1) % UNRECOVERED_ATTEMPTS and self._is_expected(request):
+            self._lower_rate(request)
+            self._delay(request, error)
         else:
-            self._host.doubt.hold(request, None, error, self._was_long or not self._host.health.pace.is_useless)
+            probes_only = self._had_long_run or not self._host.health.rate_limit.is_ineffective
+            self._host.diagnosis.hold(request, None, error, probes_only)
 
     def _is_expected(self, request):
-        """Whether there is nothing to be found out by a probe"""
-        pace = self._host.health.pace
-        if self._host.doubt.is_certain() or pace.is_useless:
-            return not self._was_long
-        if pace.rate is not None:
-            # The limit is tried out from time to time
-            return self._in_row == 1 or pace.was_lowered_since(request.sent)
-        # Another file is asked for first
-        return self._in_row == 1 and not self._host.doubt.can_probe and len(self._host.queues) > 0
+        """Whether a probe would reveal nothing new about the refusal of request"""
+        rate_limit = self._host.health.rate_limit
+        if self._host.diagnosis.is_certain() or rate_limit.is_ineffective:
+            return not self._had_long_run
+        if rate_limit.rate is not None:
+            # A rising rate reaches the server's limit from time to time
+            return self.run == 1 or rate_limit.lowered_since(request.sent)
+        # One of the queued requests may become the reference
+        return self.run == 1 and not self._host.diagnosis.has_reference and len(self._host.queues) > 0
 
-    def _adapt_pace(self, request):
+    def _lower_rate(self, request):
         if request in self._lowered:
-            # Its first refusal was due to the file, unless both were due to the rate
+            # Refused again at the lower rate: the first refusal was probably due to the file as well
             self._lowered.discard(request)
-            self._host.health.pace.forgive()
-        elif self._host.health.pace.refused(request.sent, self._loop.time()):
+            self._host.health.rate_limit.restore()
+        elif self._host.health.rate_limit.refused(request.sent, self._loop.time()):
             self._lowered.add(request)
 
     def answered(self, request):
-        """request was answered, and that is beyond doubt"""
+        """request has received an unambiguous answer"""
         self._lowered.discard(request)
         if request.refusals and not request.probe:
             self._recovered += 1
-            self._host.doubt.reset(True)
+            self._host.diagnosis.reset(True)
 
-    def others_answered(self):
-        self._in_row = 0
-
-    def settle(self, verdict, held, outcome):
-        """Called by Doubt"""
-        was_long, self._was_long = self._was_long, False
-        if verdict == ANSWERED and was_long:
-            self._host.health.pace.renew()
-        # What was held up can be sent
+    def apply_verdict(self, verdict, held, outcome):
+        had_long_run, self._had_long_run = self._had_long_run, False
+        if verdict == ANSWERED and had_long_run:
+            self._host.health.rate_limit.reinstate()
+        # Send requests that had to wait for the verdict
         self._host.submit([])
         if verdict == HOST:
-            self._settle_host(held, outcome)
+            self._apply_host_verdict(held, outcome)
         elif verdict == ANSWERED:
-            self._settle_answered(held, outcome)
+            self._apply_answered_verdict(held, outcome)
         else:
-            self._settle_files(held)
+            self._apply_files_verdict(held)
 
-    def _settle_answered(self, held, answer):
-        """The refusals were due to the rate: the first request has been answered now"""
+    def _apply_answered_verdict(self, held, answer):
+        """The refusals were due to the rate: the first request, repeated, has been answered"""
         for request, response, refusal in held:
-            self._host.health.pace.refused(request.sent, self._loop.time(), start=True)
+            self._host.health.rate_limit.refused(request.sent, self._loop.time(), start=True)
             if request is held[0][0] and request.fd is None:
                 self._host.statistics.retries += 1
                 self.answered(request)
                 self._pool.finish(request, answer, None)
             else:
-                self._wait(request, refusal, response)
+                self._delay(request, refusal, response)
 
-    def _settle_files(self, held):
+    def _apply_files_verdict(self, held):
         for request, response, refusal in held:
             if refusal:
-                self._wait(request, refusal)
+                self._delay(request, refusal)
             else:
-                self._host.health.pace.answered(1)
+                self._host.health.rate_limit.answered(1)
                 request.attempts += 1
                 if response.status >= 500 and request.attempts < ERROR_ATTEMPTS:
-                    self.again(request)
+                    self._resend(request)
                 else:
                     self._pool.finish(request, response, None)
 
-    def _settle_host(self, held, error):
+    def _apply_host_verdict(self, held, error):
         if held:
             request, response, refusal = held[-1]
             started = request.sent
@@ -186,57 +183,53 @@ class Failures:
             started = self._loop.time()
         answers = self._host.health.answers
         for request, response, refusal in held:
-            if request.heard is not None and request.heard != answers:
-                # Others were answered since the last such verdict
+            if request.answers_before is not None and request.answers_before != answers:
+                # The host has answered others since the last such verdict
                 request.refusals += 1
-            request.heard = answers
+            request.answers_before = answers
             if request.refusals >= REFUSED_ATTEMPTS:
                 self._pool.finish(request, response, refusal)
             else:
-                self.again(request)
+                self._resend(request)
         if error:
             self.host_failed(error, started)
 
-    def _wait(self, request, error, response=None):
-        """Send a request that was refused again, later, unless that is in vain"""
+    def _delay(self, request, error, response=None):
+        """Send a refused request again after a pause, or fail it after the last attempt"""
         if not request.refusals:
-            request.recovered = self._recovered
+            request.recoveries_before = self._recovered
         request.refusals += 1
-        attempts = LONE_ATTEMPTS if request.recovered == self._recovered and error else REFUSED_ATTEMPTS
+        attempts = UNRECOVERED_ATTEMPTS if request.recoveries_before == self._recovered and error else REFUSED_ATTEMPTS
         if request.cancelled or request.refusals >= attempts:
             self._lowered.discard(request)
             self._pool.finish(request, response, error)
             return
         pause = min(PAUSE * 2 ** (request.refusals - 1), MAX_PAUSE)
-        self.waiting[request] = self._loop.call_later(pause, self._waited, request)
+        self.delayed[request] = self._loop.call_later(pause, self._retry_refused, request)
 
-    def _waited(self, request):
-        del self.waiting[request]
-        if request.refusals % 2:
-            # As the next one: whether it is refused again tells what the refusals are about
-            self._host.statistics.retries += 1
-            self._host.put_back([request])
-        else:
-            # At the end of the queue: a server may refuse every second request
-            self.again(request)
+    def _retry_refused(self, request):
+        del self.delayed[request]
+        # In front: another refusal soon indicates that the file is the reason. At the back every second time, since a
+        # server may refuse every second request.
+        self._resend(request, front=request.refusals % 2 == 1)
 
     def clear(self):
-        """Remove and return all requests that wait"""
-        requests = list(self.waiting)
-        for timer in self.waiting.values():
+        """Remove and return all delayed requests"""
+        requests = list(self.delayed)
+        for timer in self.delayed.values():
             timer.cancel()
-        self.waiting.clear()
+        self.delayed.clear()
         return requests
 
     def host_failed(self, error, started):
-        """The host has failed to answer what began at started. If it is suspended now, all that waits fails."""
+        """Record a failure of the host in an attempt made at the time started; if that suspends it, fail all requests"""
         if self._host.health.suspended(None, self._loop.time()):
-            # By this error, and all that waited has failed
+            # One of several connections that fail at once has suspended it, which failed all requests
             return
         suspended = self._host.health.failed(error, started, self._loop.time())
         if suspended:
-            for connection in list(self._host.lanes.connections):
+            for connection in list(self._host.connections.established):
                 if not connection.in_answer:
                     connection.close()
-            self._host.finish(self._host.doubt.clear() + self.clear(), suspended)
+            self._host.finish(self._host.diagnosis.clear() + self.clear(), suspended)
             self._host.fail(None, suspended)

@@ -5,63 +5,64 @@
 #
 
 """
-When a host may be asked, over how many connections, and how many requests may
-be in flight on each.
+Back-off and breaker of a host: when it may be used, over how many connections,
+and with how many requests in flight on each. Used by host.py and failures.py,
+which report events with the loop's time; no input or output.
 
-Used by host.py, which reports events and acts on the decisions. There is no
-input or output, and no clock, in here: events come with the loop's time.
-
-    health = Health("mirror.example", 4, 8)
+    health = Health("mirror.example", most=4, depth=8)
     health.failed(error, sent, now)     # refused, silent, not connected
     health.answered(12, now)
     health.paused_until, health.suspended(route, now), health.limit, health.depth
 
-A failure pauses the host, the longer the more there are in a row, and a host
-that refuses is asked over fewer connections and at a lower rate; both rise
-again with its answers. A host that goes on failing is suspended: all its
-requests fail, and after some time the next one is a probe. How long it may fail
-before depends on what it does, and whether it has answered anything in this
-build. Where trying again would not help, as with a certificate that is not
-trusted, only the requests of the same route are suspended, at once.
+Each failure pauses the host, longer with each consecutive one; refusals also
+reduce the connections and the rate, which rise again with its answers. A host
+that continues to fail for longer than the constants below is suspended (the
+breaker opens): its requests fail, until after some time the next one serves as
+a probe. If retrying is pointless, as with an untrusted certificate, the
+requests of that route are suspended at once.
 """
 
 import random
 
 from bb.connections import ConnectError, RefusedError
-from bb.connections.pace import Pace
+from bb.connections.ratelimit import RateLimit
 
-# Seconds: the first pause, and the longest, unless the host asks for more by Retry-After
+# Seconds of the first pause after a failure, doubled by each consecutive one: enough for a short overload
 PAUSE = 0.5
+# Seconds of the longest pause, unless Retry-After requests more; bounds the delay after the host has recovered
 MAX_PAUSE = 5
-# Seconds of failures until a host is suspended: one that refuses connections or whose name is unknown, over ssh (an
-# sshd that restarts is common, and sftp tries again and again, too); one that is silent, or refuses with a status; one
-# that has answered before in this build, as it may be restarting, which takes up to a minute
+# Seconds of failures until a host is suspended that refuses connections or whose name is unknown: unlikely to change soon
 UNREACHABLE = 3
+# The same in seconds over ssh: restarts of an sshd are common, and sftp retries for longer, too
 UNREACHABLE_SSH = 20
+# The same in seconds for a host that is silent or refuses with a status: it exists, and may be overloaded
 UNWILLING = 15
+# The same in seconds for a host that has answered in this build: it may be restarting, which takes up to a minute
 AWAY = 65
-# Seconds for which a host or a route is suspended, and the longest if it asks for more
+# Seconds for which a host or a route is suspended: one probe after that costs little
 SUSPENSION = 30
+# The longest suspension in seconds if Retry-After requests more; a longer one would outlast most builds
 MAX_SUSPENSION = 600
-# Answers after which one more connection is allowed; doubled by each refusal
+# Answers after which one more connection is permitted; doubled by each refusal, so that the limit is tested less often
 RISE_AFTER = 32
+# The largest number of answers that this grows to, so that all connections can be regained within a build
 LATEST_RISE = 512
-# Requests in flight on one connection at most
+# The largest number of requests in flight on one connection: enough for 3000 per second at 20 ms per round trip
 MAX_DEPTH = 64
 
 
 class Health:
     """
-    most is the largest number of connections, depth the number of requests in
-    flight on each to begin with, login whether each connection needs one.
+    most is the largest number of connections, depth the initial number of
+    requests in flight on each, login whether connections require a login.
 
-    answers         how many answers the host has given so far
-    answered_at     the time of the last
-    paused_until    nothing may be sent before that time
-    retry_after     seconds that the host asks to wait, if that is why it is paused, or None
-    limit, depth    connections, and requests in flight on each, that are allowed now
-    pace            a Pace
-    trouble         why the host, or a route to it, has been suspended in this build, or None
+    answers             number of answers, without refusals, so far
+    answered_at         time of the last answer
+    paused_until        time before which nothing may be sent
+    retry_after         seconds for which the host asks to wait, if it is paused because of that, or None
+    limit, depth        connections, and requests in flight on each, that are permitted now
+    rate_limit          a RateLimit
+    suspension_reason   text of the last error that suspended the host, or a route to it, in this build, or None
     """
 
     def __init__(self, host, most, depth, login=False):
@@ -70,27 +71,23 @@ class Health:
         self.retry_after = None
         self.limit = self.most = most
         self.depth = depth
-        self.pace = Pace()
-        self.trouble = None
+        self.rate_limit = RateLimit()
+        self.suspension_reason = None
         self._host = host
         self._login = login
         self._rise_after = self._rising = RISE_AFTER
-        # Failures in a row, and the times of the first and the last of them
+        # Number of consecutive failures, and the times of the first and the last of them
         self._failures = 0
         self._failing_since = self._failed_at = 0
-        # {route, or None for the host: (until when, error for all requests)}, until it has been used successfully
+        # {route, or None for the host: (end of the suspension, error for its requests)}, kept until the next success
         self._suspended = {}
 
     def is_healthy(self, route):
-        """Whether the last event by that route was an answer, or there was none"""
+        """Whether neither the host nor the route has failed since it last succeeded"""
         return not self._failures and route not in self._suspended
 
-    def is_new(self, started):
-        """Whether a failure of what began at started is not part of the last one"""
-        return started >= self._failed_at
-
     def suspended(self, route, now):
-        """The error for requests of route that are submitted now, or None"""
+        """Returns the error for requests of route if it or the host is suspended, or None"""
         for key in (None, route):
             until, error = self._suspended.get(key, (0, None))
             if now < until:
@@ -98,13 +95,13 @@ class Health:
         return None
 
     def answered(self, count, now):
-        """count answers that were no refusals"""
+        """The host has sent count answers that are not refusals"""
         self._failures = 0
         self.retry_after = None
         self._suspended.pop(None, None)
         self.answers += count
         self.answered_at = now
-        self.pace.answered(count)
+        self.rate_limit.answered(count)
         self._rising -= count
         if self._rising <= 0:
             self._rising = self._rise_after
@@ -112,8 +109,8 @@ class Health:
 
     def ran_dry(self):
         """
-        All requests of a connection were answered before further ones were sent: there should be more of them. If each
-        answer takes its time that does not happen, and depth would not help but only further connections.
+        Increase depth: all requests in flight on a connection were answered at once. That does not happen if each answer
+        takes time, which only further connections (growth.py) can shorten.
         """
         self.depth = min(self.depth * 2, MAX_DEPTH)
 
@@ -122,35 +119,35 @@ class Health:
 
     def failed(self, error, started, now):
         """
-        The host has failed by a RefusedError, TimedOutError or ConnectError of what began at started. Returns the error
-        for all requests if it is suspended now, else None.
+        Record a failure of the host (RefusedError, TimedOutError or ConnectError) in an attempt that began at the time
+        started. Returns the error for all its requests if that suspends it, or None.
         """
-        paced = self.pace.rate is not None
+        was_limited = self.rate_limit.rate is not None
         if not self._failures:
             self._failing_since = started
-        # What was under way at the last failure is part of the same failure
-        if self.is_new(started):
+        # Requests that were in flight at the last failure are part of the same failure
+        if started >= self._failed_at:
             self._failed_at = now
             self._failures += 1
             if isinstance(error, RefusedError):
-                self.at_limit(self.limit // 2, again=self._failures > 1)
-                self.pace.refused(started, now, start=True)
+                self.lower_limit(self.limit // 2, again=self._failures > 1)
+                self.rate_limit.refused(started, now, start=True)
         wanted = getattr(error, "retry_after", None) or 0
         end = self._failing_since + self._patience(error)
         if now >= end or now + wanted > end:
             self.limit = 1
             return self.suspend(None, error, now, max(SUSPENSION, min(wanted, MAX_SUSPENSION)))
-        if paced and isinstance(error, RefusedError) and self._failures == 1 and not wanted:
-            # The lower rate is enough
+        if was_limited and isinstance(error, RefusedError) and self._failures == 1 and not wanted:
+            # Lowering the rate suffices
             return None
         pause = min(PAUSE * 2 ** min(self._failures - 1, 10), MAX_PAUSE) * random.uniform(0.5, 1)
-        # The last attempt is at the end
+        # The last attempt is made at the end
         self.pause(min(now + max(pause, wanted), end))
         self.retry_after = wanted or self.retry_after
         return None
 
-    def allow(self, most):
-        """There may be so many connections"""
+    def set_most(self, most):
+        """Set the largest number of connections; a larger one than before applies at once"""
         if most > self.most:
             self.limit = most
         self.most = most
@@ -167,8 +164,8 @@ class Health:
         return UNWILLING
 
     def suspend(self, route, error, now, seconds=SUSPENSION):
-        """Suspend route, to which trying again would not help, or the host. Returns the error for its requests."""
-        self.trouble = str(error)
+        """Suspend route, or the host if it is None. Returns the error for its requests."""
+        self.suspension_reason = str(error)
         text = "%s is suspended for %d seconds: %s" % (self._host, seconds, error)
         error = RefusedError(text) if isinstance(error, RefusedError) else ConnectError(text, retryable=False)
         self._suspended[route] = now + seconds, error
@@ -176,8 +173,8 @@ class Health:
             self.pause(now + seconds)
         return error
 
-    def at_limit(self, connections, again=False):
-        """Limit the connections for now. again: the limit has not been raised since the last call"""
+    def lower_limit(self, connections, again=False):
+        """Reduce the limit of connections until it rises with answers. again: it has not risen since the last call."""
         self.limit = max(1, connections)
         if not again:
             self._rise_after = min(2 * self._rise_after, LATEST_RISE)

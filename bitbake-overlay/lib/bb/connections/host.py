@@ -5,13 +5,14 @@
 #
 
 """
-One host: its queued requests and its connections.
+One host: dispatches its requests to its connections, and sorts the answers.
 
-Used by pool.py. Each event (requests, answers, the end of a connection, a
-timer) changes the state and schedules _dispatch(), which alone sends requests
-and has lanes.py open and close connections. When, and how many, is decided by
-health.py and pipelining.py. Everything runs in the thread of the event loop,
-and nothing blocks.
+Used by pool.py in the event loop's thread, which owns all state here; nothing
+blocks. Each event (new requests, answers, the end of a connection, a timer)
+changes the state and schedules _dispatch(), which fills, opens and closes
+connections by means of connectionset.py. How many connections and requests are
+permitted is decided in health.py, growth.py and pipelining.py, and what happens
+to requests without an answer in failures.py.
 
     host = Host(pool, origin, connect, HTTPConnection)
     host.submit(requests)       # pool.finish() is called for each
@@ -20,60 +21,57 @@ and nothing blocks.
 
 import types
 
-from bb.connections import (Cancelled, Changed, ConnectError, Disagreement, Disconnected, IdleClosed, ProtocolError,
-                            RefusedError, TimedOutError)
-from bb.connections.doubt import Doubt, is_doubtful
+from bb.connections import (Cancelled, ConnectError, Disconnected, IdleClosed, InconsistentAnswer, ProtocolError,
+                            RefusedError, Resubmit, TimedOutError)
+from bb.connections.connectionset import IDLE, ConnectionSet
+from bb.connections.diagnosis import Diagnosis, is_ambiguous
 from bb.connections.failures import ATTEMPTS, Failures
 from bb.connections.growth import Growth
-from bb.connections.health import Health
-from bb.connections.lanes import IDLE, Lanes
+from bb.connections.health import MAX_DEPTH, Health
 from bb.connections.pipelining import Pipelining
 from bb.connections.request import FORBIDDEN, HEAD_REFUSED, redact
 from bb.connections.requestqueue import RequestQueues
 
-# Requests in flight on a connection to begin with, where a trial is needed and where not
+# Initial number of requests in flight on a connection if pipelining needs a trial: few are lost if it fails
 DEPTH = 8
-UNTRIED_DEPTH = 64
-# Requests a second above which a limit does not keep a trial from being answered
-TRIAL_PACE = 128
+# Requests per second below which no trial is made, since the rate limit would probably refuse a part of it
+TRIAL_RATE = 128
 
 
 class Host:
     """
     The queues and connections of one origin. connect(loop, host, origin, route,
-    timeout) is the coroutine that opens a connection of the class kind.
+    timeout) is a coroutine that returns an open connection of the class kind.
 
-    health, growth, doubt, failures, pipelining     decide what to do
-    lanes       the connections
-    queues      the requests that wait
-    unsupported why there are no shared connections for GETs (True), or for HEADs (False)
-    statistics  what has been done so far
+    connections     a ConnectionSet
+    queues          RequestQueues of the requests to be sent
+    unsupported     {whether requests have a destination: error, if the server cannot be used for those}
+    statistics      counters for reports
+    health, growth, diagnosis, failures, pipelining     an instance of each class
     """
 
     def __init__(self, pool, origin, connect, kind):
         self.origin = origin
         self.statistics = types.SimpleNamespace(requests=0, connections=0, retries=0, refusals=0, files=0, bytes=0)
-        self.health = Health(origin.host, pool.limit, DEPTH if kind.tried else UNTRIED_DEPTH, kind.serial)
-        self.lanes = Lanes(pool, self, connect, kind)
+        self.health = Health(origin.host, pool.limit, DEPTH if kind.needs_trial else MAX_DEPTH, kind.serial)
+        self.connections = ConnectionSet(pool, self, connect, kind)
         self._pool = pool
         self._loop = pool.loop
         self._kind = kind
-        self.pipelining = Pipelining(kind.tried)
+        self.pipelining = Pipelining(kind.needs_trial)
         self._trial = None
         self.failures = Failures(self, pool)
-        self.doubt = Doubt(pool, self.failures.settle)
-        # Further logins are often refused, and rarely faster
+        self.diagnosis = Diagnosis(pool, self.failures.apply_verdict)
+        # Further logins are often refused and rarely increase the throughput
         self.growth = Growth(pool.limit, pool.limit if kind.serial else pool.most)
         self.queues = RequestQueues()
-        # {status that a HEAD was refused with: whether a GET is answered then}
+        # {status with which a HEAD was refused: whether a GET was answered then}
         self._get_helps = {}
-        # Whether it sends more than answers, as servers do that send a body with the answer to a HEAD
-        self._untidy = False
+        # Whether it has sent stray data, such as a body after the answer to a HEAD
+        self._sends_stray_data = False
         self.unsupported = {}
         self._scheduled = False
         self._timer = None
-
-    # Requests
 
     def submit(self, requests):
         """Queue requests, or fail them if the host is suspended"""
@@ -87,40 +85,24 @@ class Host:
         self._schedule()
 
     def put_back(self, requests):
-        """Put requests of a failed connection at the front of the queue"""
         self.queues.put_back(requests)
         self._schedule()
 
-    def hurry(self, request):
-        """Send request before others, if it is still queued"""
-        self.queues.hurry(request)
-
-    def unanswered(self):
-        """All requests that are queued, in flight or in doubt"""
-        yield from self.queues
-        for connection in self.lanes.connections:
-            yield from self._trial.requests if self._is_tried(connection) else connection.in_flight
-        yield from [request for request, _, _ in self.doubt.held]
-        yield from self.failures.waiting
-
     def stop(self):
-        """Fail all requests, and close all connections. Nothing is submitted any more."""
-        requests = list(self.unanswered())
-        self.queues.clear()
-        self.doubt.clear()
-        self.failures.clear()
-        self.lanes.close()
+        """Fail all requests and close all connections. No requests may be submitted afterwards."""
+        requests = self.queues.clear() + self.diagnosis.clear() + self.failures.clear()
+        for connection in self.connections.established:
+            requests += self._trial.requests if self._in_trial(connection) else connection.in_flight
+        self.connections.close()
         self.finish(requests, Cancelled("the build has ended"))
 
     def fail(self, route, error):
-        """Fail what is queued for route, or for all routes if that is None"""
+        """Fail the requests queued for route, or for all routes if it is None"""
         self.finish(self.queues.clear(route), error)
 
     def finish(self, requests, error):
         for request in list(requests):
             self._pool.finish(request, None, error)
-
-    # Sending
 
     def _schedule(self):
         if not self._scheduled:
@@ -128,77 +110,72 @@ class Host:
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self):
-        """Send what fits on the connections that there are; open and close connections as needed"""
+        """Send requests on the open connections; open and close connections as needed"""
         self._scheduled = False
-        self.lanes.close_excess()
+        self.connections.close_excess()
         now = self._loop.time()
-        idle = not self.queues and not any(connection.in_flight for connection in self.lanes.connections)
-        self.doubt.proceed(idle, self.health.answers)
+        idle = not self.queues and not any(connection.in_flight for connection in self.connections.established)
+        self.diagnosis.proceed(idle, self.health.answers)
         if now < self.health.paused_until:
             self._wake_at(self.health.paused_until)
             return
-        self._grow(now)
-        for connection in self.lanes.by_load():
-            if not connection.retiring and self.queues.get(connection.route) and not self._is_tried(connection):
-                self.lanes.fill(connection, self.queues.get(connection.route))
+        self._update_limit(now)
+        # First those on which a request is answered soonest
+        for connection in sorted(self.connections.established, key=lambda connection: len(connection.in_flight)):
+            if not connection.retiring and self.queues.get(connection.route) and not self._in_trial(connection):
+                self.connections.fill(connection, self.queues.get(connection.route))
         for route, queue in self.queues.items():
-            if self.health.pace.allowance(now) == 0:
-                self._wake_at(self.health.pace.next_at())
+            if self.health.rate_limit.allowance(now) == 0:
+                self._wake_at(self.health.rate_limit.next_at())
             elif self.admits(queue.head):
-                self.lanes.open(route, queue)
+                self.connections.open(route, queue)
 
     def admits(self, request):
-        """Whether request may be sent as far as refusals are concerned"""
-        return request.probe or not self.doubt.holds_up
+        """Whether request may be sent now, or has to wait for the verdict on ambiguous answers"""
+        return request.probe or not self.diagnosis.probes_only
 
-    def _grow(self, now):
-        """Decide how many connections there may be"""
+    def _update_limit(self, now):
         waiting = len(self.queues)
         if waiting and self.health.limit == self.health.most:
-            arrived = self.lanes.arrived + sum(connection.arrived for connection in self.lanes.connections)
-            self.health.allow(self.growth.look(now, self.lanes.size, self.health.depth, arrived, self.health.answers,
+            arrived = self.connections.arrived + sum(connection.arrived for connection in self.connections.established)
+            self.health.set_most(self.growth.update(now, self.connections.size, self.health.depth, arrived, self.health.answers,
                                                 waiting))
         else:
             self.growth.pause()
 
     def limit_connections(self, number=None):
-        """There may be so many connections from now on, or as many as usual"""
-        self.growth.end(number)
-        self.health.allow(min(self.health.most, self.growth.limit))
+        """Permit at most this number of connections for the rest of the build, or the usual one"""
+        self.growth.restrict(number)
+        self.health.set_most(min(self.health.most, self.growth.limit))
 
     def _wake_at(self, time):
         if self._timer:
             self._timer.cancel()
         self._timer = self._loop.call_at(time, self._schedule)
 
-    # Connections
-
     def connected(self, route):
-        """Called by Lanes"""
         self.statistics.connections += 1
         self.health.connected(route)
         self._schedule()
 
     def not_connected(self, route, error, started):
-        """Called by Lanes"""
+        """An attempt to connect, made at the time started, has failed"""
         self.statistics.refusals += isinstance(error, RefusedError)
-        if self.lanes.of_route(route):
-            # The server accepts fewer connections than we want
-            self.health.at_limit(len(self.lanes.connections))
+        if self.connections.of_route(route):
+            # The server accepts only as many connections as are open now
+            self.health.lower_limit(len(self.connections.established))
         elif isinstance(error, ConnectError) and not error.retryable:
-            if not self.lanes.opening(route):
+            if not self.connections.opening(route):
                 self.fail(route, self.health.suspend(route, error, self._loop.time()))
         else:
             self.failures.host_failed(error, started)
         self._schedule()
 
-    # Answers
-
     def answered(self, connection, answers):
-        """Called by Connection"""
+        """Called by Connection with [(request, response, error)]"""
         if connection.served == len(answers):
-            self.lanes.served(connection)
-        if self._is_tried(connection):
+            self.connections.served(connection)
+        if self._in_trial(connection):
             if not self._trial.add(answers):
                 return
             answers = self._finish_trial(connection)
@@ -206,99 +183,101 @@ class Host:
         counted = 0
         for request, response, error in answers:
             if not error:
-                response, error = self._judge(connection, request, response)
-            # Over SFTP permission is denied for a file
-            doubtful = response is not None and is_doubtful(response) and (self._kind.tried or response.status >= 500)
+                response, error = self._classify(connection, request, response)
+            # Over SFTP, "permission denied" always concerns the file
+            ambiguous = response is not None and is_ambiguous(response) and (self._kind.needs_trial or response.status >= 500)
             if isinstance(error, RefusedError):
-                # In this order: answers between refusals matter
+                # Count the answers before each refusal: whether refusals are consecutive matters
                 self._count(len(good) - counted)
                 counted = len(good)
-                self.failures.refuse(request, error)
-            elif doubtful and not request.probe:
-                self.doubt.hold(request, response, None, response.status == FORBIDDEN or not self.health.pace.is_useless)
+                self.failures.refused(request, error)
+            elif ambiguous and not request.probe:
+                self.diagnosis.hold(request, response, None,
+                                    response.status == FORBIDDEN or not self.health.rate_limit.is_ineffective)
             else:
                 good.append((request, response, error))
-                # Such an answer to a probe: the host still fails
-                counted += doubtful
+                # An ambiguous answer to a probe is not counted: it does not show that the host has recovered
+                counted += ambiguous
         self._count(len(good) - counted)
         if good and good[-1][0].fd is None:
-            self.lanes.latency = self._loop.time() - good[-1][0].sent
+            self.connections.latency = self._loop.time() - good[-1][0].sent
         if connection.is_open and not connection.in_flight:
             if len(answers) > self.health.depth // 2 and self.queues.get(connection.route):
                 self.health.ran_dry()
-            if self._untidy and answers and answers[-1][1] and answers[-1][1].status != 200:
-                # Something may follow that is taken for the next answer
+            if self._sends_stray_data and answers and answers[-1][1] and answers[-1][1].status != 200:
+                # Stray data may follow, and be mistaken for the next answer
                 connection.close()
             elif not answers or not self._try_pipelining(connection, answers[-1]):
                 connection.set_idle(IDLE)
         self._schedule()
-        self.doubt.learn(good)
+        self.diagnosis.note_answers(good)
         for request, response, error in good:
             self._conclude(request, response, error)
 
-    def _judge(self, connection, request, response):
-        """Returns (response, None), or (None, error)"""
-        response, error = connection.judge(request, response)
-        if error or not self._kind.tried:
+    def _classify(self, connection, request, response):
+        """Connection.classify(), and a GET in place of a HEAD that the server refuses. Returns the same."""
+        response, error = connection.classify(request, response)
+        if error or not self._kind.needs_trial:
             return response, error
         if response.status not in HEAD_REFUSED:
-            if request.method != request.asked and response.status < 500:
+            if request.method != request.original_method and response.status < 500:
                 self._get_helps[request.refused_head] = True
             return response, None
-        if request.method != request.asked:
-            # An absent file may be answered in the same way where it has helped before
+        if request.method != request.original_method:
+            # Not if it has helped before: the file may be absent, and the server answer that with the same status
             self._get_helps.setdefault(request.refused_head, False)
         elif request.method == "HEAD" and self._get_helps.get(response.status, True):
-            # As in fetch2/wget.py, unless it was in vain before
+            # As in fetch2/wget.py, unless it has not helped before
             request.method = "GET"
             request.refused_head = response.status
-            return None, Changed()
+            return None, Resubmit()
         elif request.size is not None and response.status == FORBIDDEN:
             return None, RefusedError("%s: status %s" % (redact(request.url), FORBIDDEN))
         return response, None
 
     def _count(self, number):
         if number:
-            self.failures.others_answered()
+            self.failures.run = 0
             self.health.answered(number, self._loop.time())
 
     def _conclude(self, request, response, error):
         if not error:
             self.failures.answered(request)
-        if isinstance(error, Changed):
+        if isinstance(error, Resubmit):
             request.attempts = 0
             if request.origin == self.origin:
-                # As the next one: whether a GET helps is to be known before all HEADs have been refused
+                # In front, to find out whether a GET helps before all HEADs have been refused
                 self.put_back([request])
             else:
                 self._pool.resubmit(request)
         elif error:
             self.failures.retry(request, error)
         else:
-            if request.alone and request.size is not None and (response.length, response.validators) != (request.size, request.validators):
-                self.pipelining.forgive()
+            if request.exclusive and request.identity not in (None, (response.length, response.validators)):
+                # The answer that ended pipelining was right: the file has changed since the HEAD
+                self.pipelining.revoke_strike()
             if request.fd is not None and response.status == 200:
                 self.statistics.files += 1
                 self.statistics.bytes += response.length or 0
             self._pool.finish(request, response, None)
 
-    def _is_tried(self, connection):
+    def _in_trial(self, connection):
         return self._trial is not None and self._trial.connection is connection
 
     def _try_pipelining(self, connection, answer):
         queue = self.queues.get(connection.route)
-        pace = self.health.pace.rate
-        if queue and not self._trial and not self.doubt.holds_up and not connection.retiring and \
-                self._loop.time() >= self.health.paused_until and (pace is None or pace > TRIAL_PACE):
+        rate = self.health.rate_limit.rate
+        if queue and not self._trial and not self.diagnosis.probes_only and not connection.retiring and \
+                self._loop.time() >= self.health.paused_until and (rate is None or rate > TRIAL_RATE):
             self._trial = self.pipelining.trial(connection, answer, queue, self.health.depth)
             if self._trial:
-                self.lanes.send(connection, self._trial.sent)
-        return self._is_tried(connection)
+                self.connections.send(connection, self._trial.sent)
+        return self._in_trial(connection)
 
     def _finish_trial(self, connection):
-        """Returns the answers that can be used"""
+        """Returns the answers of the trial that can be used"""
         trial, self._trial = self._trial, None
-        outcome, answers = trial.judge()
+        outcome, answers = trial.evaluate()
         self.pipelining.finish(outcome)
         if not answers:
             self.put_back(trial.requests)
@@ -307,25 +286,25 @@ class Host:
         return answers
 
     def ended(self, connection, error):
-        """Called by Connection. Requests without an answer are sent again; the first of them may be the reason."""
-        if connection not in self.lanes.connections:
-            # It is not open yet, or the host has stopped
+        """Called by Connection. Retries the requests in flight, of which the first one may have caused error."""
+        if connection not in self.connections.established:
+            # It is still being opened, or the host has been stopped
             return
-        self.lanes.connections.remove(connection)
-        if connection.untidy:
-            self._untidy = True
-            self.pipelining.end()
-        self.lanes.arrived += connection.arrived
+        self.connections.established.remove(connection)
+        if connection.has_stray_data:
+            self._sends_stray_data = True
+            self.pipelining.disable()
+        self.connections.arrived += connection.arrived
         self._schedule()
         requests = list(connection.in_flight)
-        if self._is_tried(connection):
+        if self._in_trial(connection):
             trial, self._trial = self._trial, None
             self.pipelining.finish(trial.ended(error))
             self.put_back(trial.requests)
             return
         if error is None:
             self.pipelining.closed(connection)
-        elif isinstance(error, Disagreement) or len(requests) > 1 and not isinstance(error, (IdleClosed, TimedOutError)):
+        elif isinstance(error, InconsistentAnswer) or len(requests) > 1 and not isinstance(error, (IdleClosed, TimedOutError)):
             self.pipelining.broken(connection)
         if error is None or not requests or isinstance(error, IdleClosed):
             # A server may close a connection at any time (RFC 9112 9.5)
@@ -333,18 +312,19 @@ class Host:
             return
         self.put_back(requests[1:])
         if isinstance(error, TimedOutError):
-            self.failures.slow(connection, requests[0], error)
-        elif isinstance(error, RefusedError) or isinstance(error, Disconnected) and not connection.served and not self._kind.serial:
-            # How servers with a limit of connections refuse if they do not get as far as 503; an sshd refuses the login
-            self.failures.refuse(requests[0], RefusedError(str(error)))
+            self.failures.timed_out(connection, requests[0], error)
+        elif isinstance(error, RefusedError) or \
+                isinstance(error, Disconnected) and not connection.served and not self._kind.serial:
+            # Servers that have reached their limit of connections may close further ones; an sshd refuses the login instead
+            self.failures.refused(requests[0], RefusedError(str(error)))
         elif isinstance(error, Disconnected) and requests[0].attempts < ATTEMPTS:
-            # No failure, unless it is always the same request
+            # Servers may close connections at any time; it is a failure only if it always concerns the same request
             requests[0].attempts += 1
             self.put_back(requests[:1])
         else:
-            requests[0].alone = requests[0].alone or isinstance(error, Disagreement)
+            requests[0].exclusive = requests[0].exclusive or isinstance(error, InconsistentAnswer)
             if type(error) is ProtocolError and not self.health.answers and requests[0].attempts:
-                # Not HTTP as it is understood here: leave it to the fetcher
+                # The server does not speak HTTP as implemented here: leave it to the fetcher
                 self.unsupported = {True: error, False: error}
                 self.fail(None, error)
             self.failures.retry(requests[0], error)

@@ -5,12 +5,12 @@
 #
 
 """
-One HTTP/1.1 connection, with or without TLS: HEAD, and GET into a descriptor.
+An HTTP/1.1 connection, with or without TLS: HEAD, and GET into a descriptor.
 
-Used by host.py in the thread of the event loop, which takes care of retries and
-of the number of requests in flight. Follows RFC 9110 and RFC 9112, with
-pipelining (9.3.2). Proxy and certificates come with the request, since the
-environment of a task is not that of the server.
+Used by connectionset.py in the event loop's thread; host.py receives the answers
+and decides on retries and the number of requests in flight. Follows RFC 9110 and
+RFC 9112, including pipelining (9.3.2). Proxy and certificates are those of the
+request's route, since the environment of a task differs from the server's.
 
     connection = await connect(loop, host, origin, route, timeout)
     connection.send(requests)       # host.answered() and host.ended() are called
@@ -24,41 +24,42 @@ import ssl
 import bb
 import bb.utils
 from bb.connections import splice
-from bb.connections import (Cancelled, Changed, ConnectError, Disagreement, Disconnected, IdleClosed, ProtocolError,
-                            RefusedError, StatusError)
+from bb.connections import (Cancelled, ConnectError, Disconnected, IdleClosed, InconsistentAnswer, ProtocolError,
+                            RefusedError, Resubmit, StatusError)
 from bb.connections.connection import Connection
 from bb.connections.request import ABSENT, DEFAULT_PORTS, Response, redact, retry_after
 
-# The first line of an answer; a header with the end of the line before it; a line that continues the one before it; the end
-# of a line and of a head. Some servers end lines with LF only (RFC 9112 2.2).
+# Parts of an answer. A header matches with the preceding line end, and with continuation lines (FOLDED) joined before. Some
+# servers end lines with LF only (RFC 9112 2.2).
 STATUS = re.compile(r"HTTP/1\.([01]) ([0-9]{3})(?![0-9])[^\r\n]*")
 HEADER = re.compile(r"\r?\n([!-9;-~]+)[ \t]*:([^\r\n]*)")
 FOLDED = re.compile(r"\r?\n[ \t]+")
 LINE_END = re.compile(rb"\r?\n")
 CHUNK_END = re.compile(rb"\r\n")
 HEAD_END = re.compile(rb"\r?\n\r?\n")
-# Content-Length, which may be repeated (RFC 9112 6.3), and the line before a chunk
+# Content-Length, which may be repeated (RFC 9112 6.3)
 LENGTH = re.compile(r"([0-9]{1,18})(?:,[ \t]*\1)*")
+# The line before a chunk
 CHUNK = re.compile(r"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?")
 
-# Statuses: redirects; of a server that declines to serve now, as do all errors with Retry-After but those of a file that
-# does not exist
+# Statuses with which Location is followed
 REDIRECTS = (301, 302, 303, 307, 308)
+# Statuses of a server that refuses requests for now; other errors with Retry-After are refusals as well
 REFUSED = (408, 418, 420, 429, 503)
-# Redirects of a request that are followed: more are a loop
+# Redirects that are followed for each request: more are probably a loop
 MAX_REDIRECTS = 10
-# Bytes of the head, of a chunk's first line and of the trailers; and of a body that is read though it is not needed
+# Bytes of a head, of a chunk's first line, of the trailers, and of a body that is not needed: reconnecting is cheaper beyond
 MAX_OVERHEAD = 64 * 1024
-# Answers of status 1xx before another one
+# Interim answers (1xx) before the final one, so that a faulty server does not keep a connection busy for ever
 MAX_INTERIM = 100
-# Bytes of a body that are worth the preparation of splice(2)
+# Bytes of a body below which splice(2) costs more than it saves
 MIN_SPLICE = 256 * 1024
-# Seconds before the next address of a host is tried as well (RFC 8305 recommends 250 ms)
+# Seconds until the next address of a host is tried in parallel: the Connection Attempt Delay that RFC 8305 recommends
 HAPPY_EYEBALLS = 0.25
 
 
 async def connect(loop, owner, origin, route, timeout):
-    """Returns an HTTPConnection. Raises ConnectError, also if the certificate is not trusted."""
+    """Returns an open HTTPConnection. Raises ConnectError."""
     connection = HTTPConnection(loop, owner, origin, route, timeout)
     host, port = route.proxy[:2] if route.proxy else (origin.host, origin.port)
     tls = {}
@@ -71,7 +72,7 @@ async def connect(loop, owner, origin, route, timeout):
     try:
         if tls and route.proxy:
             tunnel = await _tunnel(loop, origin, route)
-            # connection_made() is up to the caller of start_tls()
+            # start_tls() does not call connection_made()
             connection.connection_made(await loop.start_tls(tunnel, connection, tls.pop("ssl"), **tls))
         else:
             await loop.create_connection(lambda: connection, host, port, happy_eyeballs_delay=HAPPY_EYEBALLS, **tls)
@@ -102,7 +103,7 @@ async def _tunnel(loop, origin, route):
         if status[0] != "2":
             raise ConnectError("proxy %s answered %s to CONNECT" % (host, status), status in ("502", "503", "504"))
         if not answer.endswith("\r\n\r\n"):
-            # Not from the origin, for which it could be taken
+            # It could be mistaken for data from the origin
             raise ConnectError("proxy %s sent more than its answer to CONNECT" % host)
         return transport
     except BaseException:
@@ -117,15 +118,14 @@ def _authority(origin, always_port=False):
 
 
 class HTTPConnection(Connection):
-    """version is that of HTTP, (1, 1) or (1, 0), as in the last answer"""
-    tried = True
+    """version is the HTTP version of the last answer, (1, 1) or (1, 0), or None"""
+    needs_trial = True
 
     def __init__(self, loop, owner, origin, route, timeout):
         super().__init__(loop, owner, origin, route, timeout)
         self.version = None
-        # More than one request is in flight, or was since there was none
+        # Whether several requests have been in flight together since the connection was last idle
         self._pipelined = False
-        # The last answer
         self._last = Response(None, {}, None)
         self._plain = origin.scheme == "http"
         host = _authority(origin)
@@ -138,17 +138,17 @@ class HTTPConnection(Connection):
                          (host, bb.__version__)
 
     def send(self, requests):
-        """Does not block. The requests are in flight then, unless the connection has ended."""
+        """Send requests. Does not block; closes the connection if it has received data while it was idle."""
         quiet = self.in_flight or not self._plain or self._is_quiet()
         self._pipelined = len(self.in_flight) + len(requests) > 1 or self._pipelined and bool(self.in_flight)
         super().send(requests)
         if quiet:
             self.transport.write("".join([self._head(request) for request in requests]).encode("ascii"))
         else:
-            self.close(IdleClosed("%s: closed, or sent an answer without a request" % self.origin.host))
+            self.close(IdleClosed("%s: closed by the server, or an answer without a request" % self.origin.host))
 
     def _is_quiet(self):
-        """Whether there is nothing to read that would be mistaken for an answer; with TLS that may be a session ticket"""
+        """Whether there is no data that would be mistaken for an answer. Not for TLS, where it may be a session ticket."""
         poll = select.poll()
         poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
         return not poll.poll(0)
@@ -162,7 +162,7 @@ class HTTPConnection(Connection):
         return head + "\r\n"
 
     @staticmethod
-    def judge(request, response):
+    def classify(request, response):
         status, headers, _ = response
         if status in REFUSED or status >= 400 and status not in ABSENT and "retry-after" in headers:
             return None, RefusedError("%s: status %s" % (redact(request.url), status), retry_after(headers))
@@ -173,9 +173,9 @@ class HTTPConnection(Connection):
                 request.redirect(headers["location"])
             except ValueError as e:
                 return None, StatusError("%s: %s" % (redact(request.url), e), status)
-            return None, Changed()
+            return None, Resubmit()
         if request.method == "GET" and request.fd is None and status in (206, 416):
-            # About the first byte: "bytes 0-0/SIZE", or "bytes */0" if there is none (RFC 9110 14.4)
+            # The answer to a request for the first byte: "bytes 0-0/SIZE", or "bytes */0" (RFC 9110 14.4)
             match = LENGTH.fullmatch(headers.get("content-range", "").rpartition("/")[2])
             size = int(match[1]) if match else None
             if status == 206 or size == 0:
@@ -188,13 +188,13 @@ class HTTPConnection(Connection):
             while self.start == self.end:
                 yield
             if not self.in_flight:
-                # RFC 9112 9.2; such as the 408 of a server that has waited for a first request
-                raise IdleClosed("%s: sent an answer without a request" % self.origin.host)
+                # RFC 9112 9.2. For example the 408 of a server that has waited for a first request.
+                raise IdleClosed("%s: an answer without a request" % self.origin.host)
             response = self._parse_head((yield from self._read_until(HEAD_END, MAX_OVERHEAD)))
             if response.status < 200:
                 interim += 1
                 if interim > MAX_INTERIM:
-                    raise ProtocolError("%s: no end of interim answers" % self.origin.host)
+                    raise ProtocolError("%s: more than %s interim answers" % (self.origin.host, MAX_INTERIM))
                 continue
             interim = 0
             request, end_known = self.in_flight[0], True
@@ -205,20 +205,20 @@ class HTTPConnection(Connection):
                 self.in_answer = False
                 self._check(request, response)
             if end_known and self.start != self.end and self.served and len(self.in_flight) == 1:
-                # Too much for one answer: it may be what follows the answer before (RFC 9112 6.3). Ask once more.
-                self.untidy = True
-                raise Disconnected("%s: sent more than an answer" % self.origin.host)
+                # This answer may be stray data that followed the one before (RFC 9112 6.3): discard it
+                self.has_stray_data = True
+                raise Disconnected("%s: unexpected data after an answer" % self.origin.host)
             self.in_flight.popleft()
             self._last = response
             self.answer(request, response)
-            # RFC 9112 9.3
+            # Whether the connection persists (RFC 9112 9.3)
             tokens = response.headers.get("connection", "").lower()
-            self.announced = "close" in tokens
-            if self.announced or not end_known or self.version == (1, 0) and "keep-alive" not in tokens:
+            self.close_announced = "close" in tokens
+            if self.close_announced or not end_known or self.version == (1, 0) and "keep-alive" not in tokens:
                 return
 
     def _read_until(self, end, limit):
-        """Returns the text before end, a regular expression, about limit bytes at most, and removes both"""
+        """Consume and return the text before end, a regular expression that has to match within about limit bytes"""
         while True:
             match = end.search(self.data, self.start, min(self.start + limit + 4, self.end))
             if match:
@@ -226,17 +226,17 @@ class HTTPConnection(Connection):
                 self.start = match.end()
                 return text
             if self.end - self.start >= limit + 4:
-                raise ProtocolError("%s: no end of a line, or of a head, within %s bytes" % (self.origin.host, limit))
+                raise ProtocolError("%s: a line or a head is longer than %s bytes" % (self.origin.host, limit))
             yield
 
     def _parse_head(self, head):
-        """Returns a Response. Several values of a header are joined as in a list (RFC 9110 5.3)."""
+        """Returns a Response. Repeated headers are joined to a list (RFC 9110 5.3)."""
         if "\n " in head or "\n\t" in head:
             head = FOLDED.sub(" ", head)
         match = STATUS.match(head)
         fields = HEADER.findall(head)
         if not match or len(fields) != head.count("\n") or head.count("\r") != head.count("\r\n"):
-            raise ProtocolError("%s: not an HTTP/1 answer: %r" % (self.origin.host, head[:80]))
+            raise ProtocolError("%s: invalid HTTP/1 answer %r" % (self.origin.host, head[:80]))
         self.version = (1, int(match[1]))
         headers = {}
         for name, value in fields:
@@ -246,21 +246,22 @@ class HTTPConnection(Connection):
         if length is not None:
             number = LENGTH.fullmatch(length)
             if not number:
-                # Two different lengths are an attack or a fault (RFC 9112 6.3)
-                raise ProtocolError("%s: Content-Length is %r" % (self.origin.host, length[:80]))
+                # For example different lengths, which indicate an attack or a fault (RFC 9112 6.3)
+                raise ProtocolError("%s: invalid Content-Length %r" % (self.origin.host, length[:80]))
             length = int(number[1])
         return Response(int(match[2]), headers, length)
 
     def _check(self, request, response):
         """
-        With several requests in flight, an answer that contradicts the HEAD may be the one to another request. So may
-        one about a file without HEAD that looks like another file in flight, or like the answer before, which may be repeated.
+        Raise InconsistentAnswer if the answer may belong to another request: several were in flight, and it contradicts the
+        HEAD of this file, or, without a HEAD, looks like another file in flight or like the previous answer, which may
+        have been repeated.
         """
         if not self._pipelined:
             return
         if response.status == 400:
-            # To what was left of a request
-            raise Disagreement("%s: status 400" % redact(request.url))
+            # The server may have misread where the request begins
+            raise InconsistentAnswer("%s: status 400" % redact(request.url))
         if request.fd is None:
             return
         found = response.length, response.validators
@@ -272,11 +273,11 @@ class HTTPConnection(Connection):
         else:
             odd = response.length not in (None, request.size) or response.validators != request.validators
         if odd:
-            raise Disagreement("%s: status %s and %s bytes, the answer to HEAD was %s bytes" %
+            raise InconsistentAnswer("%s: status %s and %s bytes, the answer to HEAD was %s bytes" %
                                (redact(request.url), response.status, response.length, request.size))
 
     def _read_body(self, request, response):
-        """Returns the Response with the length of the body, and whether its end is known"""
+        """Returns the Response with the length of the body, and whether its end is known, so that another answer can follow"""
         status, headers, length = response
         wanted = status == 200 and request.fd is not None
         if wanted:
@@ -284,12 +285,12 @@ class HTTPConnection(Connection):
         coding = headers.get("transfer-encoding", "identity").lower()
         if coding != "identity":
             if coding != "chunked":
-                raise ProtocolError("%s: Transfer-Encoding is %r" % (redact(request.url), coding[:80]))
+                raise ProtocolError("%s: unsupported Transfer-Encoding %r" % (redact(request.url), coding[:80]))
             size = yield from self._read_chunks(request, wanted)
-            # With both headers the next answer cannot be trusted (RFC 9112 6.3)
+            # If there is a Content-Length as well, the next answer cannot be trusted (RFC 9112 6.3)
             return Response(status, headers, size), length is None
         if length is None and wanted:
-            # The body ends with the connection: complete or not, nobody can tell
+            # The body ends with the connection, so it is unknown whether it is complete
             raise StatusError("%s: the server does not announce the size of the file" % redact(request.url), status)
         if length is None or not wanted and length > MAX_OVERHEAD:
             return Response(status, headers, None), False
@@ -303,10 +304,9 @@ class HTTPConnection(Connection):
             line = yield from self._read_until(LINE_END, MAX_OVERHEAD)
             match = CHUNK.fullmatch(line)
             if not match:
-                raise ProtocolError("%s: not the size of a chunk: %r" % (redact(request.url), line[:80]))
+                raise ProtocolError("%s: invalid chunk size %r" % (redact(request.url), line[:80]))
             size = int(match[1], 16)
             if not size:
-                # Trailers
                 left = MAX_OVERHEAD
                 while line:
                     line = yield from self._read_until(LINE_END, left)
@@ -314,14 +314,14 @@ class HTTPConnection(Connection):
                 return total
             total += size
             if not wanted and total > MAX_OVERHEAD:
-                raise ProtocolError("%s: a long body that is not needed" % redact(request.url))
+                raise ProtocolError("%s: the body that is not needed is too long" % redact(request.url))
             yield from self._read_bytes(request, size, wanted)
-            # Not LF only, which may be the second byte of what follows a chunk that is longer
+            # Not LF alone: that may be the second byte behind a chunk which is too long
             if (yield from self._read_until(CHUNK_END, 0)):
-                raise ProtocolError("%s: chunk is longer than its size" % redact(request.url))
+                raise ProtocolError("%s: a chunk is longer than its size" % redact(request.url))
 
     def _read_bytes(self, request, size, wanted):
-        """Write size bytes into the file, or drop them if they are not wanted"""
+        """Write size bytes into the file, or discard them if they are not wanted"""
         while True:
             n = min(size, self.end - self.start)
             if wanted:
@@ -331,7 +331,7 @@ class HTTPConnection(Connection):
             if not size:
                 return
             if request.cancelled:
-                raise Cancelled("the answer is not needed any more")
+                raise Cancelled()
             if wanted and size >= MIN_SPLICE and splice.is_supported and self._plain:
                 break
             yield
@@ -343,4 +343,4 @@ class HTTPConnection(Connection):
                 if moving.error:
                     raise moving.error
                 if request.cancelled:
-                    raise Cancelled("the answer is not needed any more")
+                    raise Cancelled()

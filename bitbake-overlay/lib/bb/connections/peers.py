@@ -5,11 +5,11 @@
 #
 
 """
-The Unix socket, and the processes at its other end.
+The Unix socket of the server, and the processes connected to it.
 
-Used by server.py, in the thread of the event loop, which owns all of it. protocol.py describes the messages. Only
-processes of the same user are accepted; one that violates the protocol is sent an error and disconnected. Requests are
-passed on, and their answers sent back: what they ask for is not known in here.
+Used by server.py in the event loop's thread, which owns all state here. protocol.py specifies the messages. Processes of
+other users are not accepted; one that violates the protocol is sent an error and disconnected. Requests are submitted to
+the pool, and its answers sent back.
 
     peers = Peers(loop, pool.submit, ["http"], log)
     loop.call_soon(peers.tick)
@@ -25,48 +25,48 @@ import stat
 from bb.connections import ProtocolError, protocol
 from bb.connections.request import Request, last_modified, unwritable
 
-# Peers, and likewise files: select() in server/process.py, which is in the same process, supports 1024 descriptors
+# Number of peers, and of files: select() in server/process.py, in the same process, supports only 1024 descriptors
 MAX_OPEN = 128
-# Processes that wait to be accepted; they give up after protocol.SILENCE_SECONDS
+# Number of processes that wait to be accepted; they give up after protocol.SILENCE_SECONDS
 BACKLOG = 1024
-# Bytes of messages, and what the kernel adds to each, that wait to be read by a peer: more than a hundred messages
+# Bytes in the send buffer of a peer, including the kernel's overhead: more than a hundred messages
 MAX_OUTPUT = 64 * 1024
-# Characters of an error, so that it fits into a message
+# Characters of an error text, so that it fits into a message
 MAX_TEXT = 1000
 
 
 class Peer:
     """
-    One process, connected to sock. peers is the Peers it belongs to.
+    A process connected to sock. peers is the Peers it belongs to.
 
-    requests    {id: Request} of those without an answer
-    has_file    whether it has got a file
+    requests        {id: Request} without an answer
+    received_file   whether a GET was successful
     """
 
     def __init__(self, peers, sock):
         self.requests = {}
-        self.has_file = False
+        self.received_file = False
         self._peers = peers
         self._sock = sock
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_OUTPUT)
         peers.loop.add_reader(sock, self._receive)
 
-    def leave(self):
-        """Disconnect; the requests end without an answer"""
+    def disconnect(self):
+        """Disconnect and cancel the unanswered requests"""
         if self._sock.fileno() >= 0:
             self._peers.loop.remove_reader(self._sock)
             self._sock.close()
             for request in self.requests.values():
                 request.cancelled = True
             self.requests.clear()
-            self._peers.left(self)
+            self._peers.disconnected(self)
 
     def send(self, message):
         try:
             protocol.send(self._sock, protocol.encode(message))
         except OSError:
-            # It has left; or it submits requests and does not read the answers
-            self.leave()
+            # It has disconnected, or sends requests without reading the answers
+            self.disconnect()
 
     def _send_error(self, number, kind, error):
         self.send({"id": number, "error": kind, "message": str(error)[:MAX_TEXT]})
@@ -82,9 +82,9 @@ class Peer:
             if isinstance(e, ProtocolError):
                 self._peers.log("protocol error from a peer: %s" % e)
                 self._send_error(None, "protocol", e)
-            self.leave()
+            self.disconnect()
         except ValueError as e:
-            # Of this request only
+            # The error concerns this request only
             self._peers.close_file(fd)
             self._send_error(message["id"], "url", e)
         else:
@@ -95,7 +95,7 @@ class Peer:
             self._peers.submit([request])
 
     def _request(self, message, fd):
-        """Returns the Request of message. Raises ProtocolError, and ValueError for what is an error of the request only."""
+        """Returns the Request of message. Raises ProtocolError, or ValueError if only this request has to fail."""
         number, method, url, authorization = (message.get(name) for name in ("id", "method", "url", "authorization"))
         environment, verify = message.get("environment", {}), message.get("verify", True)
         file = None if fd is None else os.fstat(fd)
@@ -113,14 +113,13 @@ class Peer:
         if not all(valid.values()):
             raise ProtocolError("invalid " + ", ".join(name for name in valid if not valid[name]))
         if len(self._peers.files) > MAX_OPEN:
-            raise ValueError("too many files at once")
+            raise ValueError("too many files are open")
         return Request(method, url, environment, verify, authorization, fd, file is not None and not file.st_size)
 
     def _answered(self, request, response, error):
-        """Of Request"""
         error = self._peers.close_file(request.fd) or error
         if self.requests.pop(request.context, None) is None:
-            # The peer has left
+            # The peer has disconnected
             return
         if error:
             self._send_error(request.context, getattr(error, "kind", "error"), error)
@@ -128,17 +127,17 @@ class Peer:
         message = {"id": request.context, "status": response.status}
         if response.status == 200:
             message.update(size=response.length, modified=last_modified(response.headers))
-            self.has_file = self.has_file or request.asked == "GET"
+            self.received_file = self.received_file or request.original_method == "GET"
         self.send(message)
 
 
 class Peers:
     """
-    submit is called with lists of requests, log with messages for bitbake's developers; schemes are those of URLs.
+    submit is called with lists of requests, log with messages for BitBake's developers; schemes are the supported ones.
 
     address     as in protocol.py
-    served      how many peers have got a file and left
-    files       descriptors of the requests without an answer, also of peers that have left
+    served      number of peers that have received a file and disconnected
+    files       descriptors of unanswered requests, including those of disconnected peers
     """
 
     def __init__(self, loop, submit, schemes, log):
@@ -156,7 +155,7 @@ class Peers:
         self._listener.listen(BACKLOG)
 
     def tick(self):
-        """Accept peers from now on, and show them every protocol.PROGRESS_SECONDS that the server is alive"""
+        """Accept peers, and send progress messages, from now on every protocol.PROGRESS_SECONDS"""
         for peer in list(self._peers):
             for number, request in list(peer.requests.items()):
                 peer.send({"id": number, "progress": request.received})
@@ -169,8 +168,8 @@ class Peers:
                 raise OSError("too many peers")
             sock, _ = self._listener.accept()
         except OSError as e:
-            self.log("cannot accept: %s" % e)
-            # Until one leaves, or the next tick()
+            self.log("cannot accept a connection: %s" % e)
+            # Until a peer disconnects, or the next tick()
             self.loop.remove_reader(self._listener)
             return
         sock.setblocking(False)
@@ -181,16 +180,15 @@ class Peers:
         self._peers.add(peer)
         peer.send(self._hello)
 
-    def left(self, peer):
-        """Of Peer"""
+    def disconnected(self, peer):
         self._peers.discard(peer)
-        self.served += peer.has_file
+        self.served += peer.received_file
         self.loop.add_reader(self._listener, self._accept)
 
     def close_file(self, fd):
-        """Returns the error of close(), with which NFS reports that the disk is full, or None"""
+        """Close fd unless it is None. Returns the error of close(), by which NFS reports a full disk, or None."""
         if fd is not None:
-            # In this order: a child that is forked in between must not close what has the number by then
+            # Before close(): a child forked afterwards must not close another file that has got the number
             self.files.discard(fd)
             try:
                 os.close(fd)
@@ -199,12 +197,11 @@ class Peers:
         return None
 
     def descriptors(self):
-        """What a forked child has to close and the event loop does not know"""
+        """Descriptors that a forked child has to close, besides those watched by the event loop"""
         return [self._listener.fileno(), *self.files]
 
     def close(self):
-        """Disconnect all, without an answer to what has none"""
         for peer in list(self._peers):
-            peer.leave()
+            peer.disconnect()
         self.loop.remove_reader(self._listener)
         self._listener.close()

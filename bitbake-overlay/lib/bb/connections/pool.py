@@ -5,39 +5,40 @@
 #
 
 """
-All hosts, and what they have answered, so that nothing is asked twice.
+All hosts, and a cache of their answers.
 
-Used by server.py, in the thread of the event loop. A host (scheme, name, port,
-user) has a limited number of connections. Whether a file exists, and its size, are
-remembered as long as the pool exists; errors, and answers which say neither
-yes nor no, are not.
+Used by server.py in the event loop's thread, except for methods marked
+otherwise. Each host (scheme, name, port, user) has a limited number of
+connections. Whether a file exists, and its size, are remembered as long as the
+pool exists, so that nothing is requested twice; errors, and statuses that do
+not indicate whether the file exists, are not remembered.
 
     pool = Pool(loop, limit=4, most=16, timeout=100)
     pool.submit(requests)       # calls done() of each request, maybe at once
-    pool.stop()                 # fails those that are left with Cancelled
+    pool.stop()                 # fails the remaining requests with Cancelled
 """
 
 from bb.connections import Cancelled, http, sftp
 from bb.connections.host import Host
 from bb.connections.request import ABSENT, MISSING, Response
 
-# Connections to all hosts together: each has up to four descriptors, of which select() in server/process.py, which is
-# in the same process, supports the first 1024
+# Connections to all hosts together: each uses up to four descriptors, of which select() in server/process.py, in the same
+# process, supports only the first 1024
 MAX_CONNECTIONS = 64
 
+# {scheme: (coroutine that opens a connection, its class)}; a protocol is added here
 PROTOCOLS = {"http": (http.connect, http.HTTPConnection), "https": (http.connect, http.HTTPConnection),
              "sftp": (sftp.connect, sftp.SFTPConnection)}
 
-# In place of (size, validators)
+# Cached in place of (size, validators) if there is no file
 NO_FILE = ()
 
 
 class Pool:
     """
-    limit is the number of connections for each host, most the largest if more of
-    them pay, timeout how many seconds
-    without any data end a connection. protocols has, for each scheme, the
-    coroutine that opens a connection and the class of that.
+    limit is the number of connections for each host, most the number up to which
+    it is increased where that helps. A connection times out after timeout seconds
+    without data. protocols is like PROTOCOLS.
 
     hosts       {origin: Host}
     stopped     whether stop() has been called
@@ -53,14 +54,15 @@ class Pool:
         self._protocols = protocols
         # {(authorization, route): {url: (size, validators) or NO_FILE}}
         self._answers = {}
-        # Requests that are not answered, and seconds in which there were any, before the time _busy_since
+        # Number of unanswered requests
         self._open = 0
+        # Seconds in which there were any until _open last became 0, and the time since when there are some
         self._busy = self._busy_since = 0
 
     def submit(self, requests):
         """
-        Queue requests; those marked as first before all others. A HEAD that has been answered before is answered at
-        once, and so is the GET of a file that does not exist.
+        Queue requests, in front of the others if they are marked as first. A HEAD that is in the cache is answered at
+        once, as is a GET if the file does not exist.
         """
         if not self._open:
             self._busy_since = self.loop.time()
@@ -69,7 +71,7 @@ class Pool:
         for request in requests:
             if self.stopped:
                 self.finish(request, None, Cancelled("the build has ended"))
-            elif self._has_to_be_asked(request):
+            elif not self._answer_from_cache(request):
                 groups.setdefault(request.origin, []).append(request)
         for origin, group in groups.items():
             self._host(origin).submit(group)
@@ -79,41 +81,41 @@ class Pool:
             self.hosts[origin] = Host(self, origin, *self._protocols[origin.scheme])
         return self.hosts[origin]
 
-    def _has_to_be_asked(self, request):
-        """If not, it has been answered"""
-        if request.probe or request.doubted:
-            return True
+    def _answer_from_cache(self, request):
+        """Returns whether request has been answered"""
+        if request.probe or request.recheck:
+            return False
         known = self._answers.get(request.key[0], {}).get(request.key[1])
         if known == NO_FILE:
             self._conclude(request, Response(404, {}, None), None)
-            return False
+            return True
         if request.method == "GET":
             request.size, request.validators = known or (None, None)
         elif known and not request.fresh and self.is_healthy(request.origin, request.route):
-            # Otherwise to answer that there is a file would be of no use: it cannot be fetched
+            # That the file exists is of no use while its host fails
             self._conclude(request, Response(200, {}, known[0]), None)
-            return False
-        return True
+            return True
+        return False
 
     def resubmit(self, request):
-        """Of a host: request has been changed, and may belong to another host now"""
+        """Called by a Host: request has been changed, and may belong to another host now"""
         if self.stopped:
             self.finish(request, None, Cancelled("the build has ended"))
         else:
             self._host(request.origin).submit([request])
 
     def finish(self, request, response, error):
-        """Of a host: request is answered"""
+        """Called by a Host: cache and deliver the answer to request"""
         if response and not request.probe:
             answers = self._answers.setdefault(request.key[0], {})
             if response.status == 200:
                 answers[request.key[1]] = response.length, response.validators
-            elif response.status in (MISSING if request.asked == "HEAD" else ABSENT):
+            elif response.status in (MISSING if request.original_method == "HEAD" else ABSENT):
                 answers[request.key[1]] = NO_FILE
         self._conclude(request, response, error)
 
     def reject(self, request):
-        """What request was answered with is not the file that it should be: count that as absent"""
+        """Treat the file of request as absent from now on, since its content is not what it should be"""
         self._answers.setdefault(request.key[0], {})[request.key[1]] = NO_FILE
 
     def _conclude(self, request, response, error):
@@ -122,43 +124,43 @@ class Pool:
             self._busy += self.loop.time() - self._busy_since
         request.done(request, response, error)
 
-    def hurry(self, requests):
-        """Send those of requests that are still queued before all others"""
+    def prioritise(self, requests):
+        """Move requests, where they are still queued, to the front"""
         for request in requests:
             if request.origin in self.hosts:
-                self.hosts[request.origin].hurry(request)
-            # Also of those that are in flight the answers are urgent
+                self.hosts[request.origin].queues.prioritise(request)
+            # Also for those in flight, whose answers are urgent now
             request.first = True
 
     def has_room(self):
-        """Of a host: whether there may be one more connection"""
-        return sum(host.lanes.size for host in self.hosts.values()) < MAX_CONNECTIONS
+        """Called by a Host: whether one more connection may be opened"""
+        return sum(host.connections.size for host in self.hosts.values()) < MAX_CONNECTIONS
 
     def make_room(self):
-        """Close an idle connection to another host. Returns False if there is none."""
+        """Called by a Host: close an idle connection to another host. Returns False if there is none."""
         for host in self.hosts.values():
-            for connection in host.lanes.connections:
+            for connection in host.connections.established:
                 if not connection.in_flight:
                     connection.close()
                     return True
         return False
 
     def is_healthy(self, origin, route):
-        """Whether the last event of a host was an answer, or there was none. From any thread."""
+        """Whether a host, and the route to it, have not failed since they last succeeded. May be called from any thread."""
         host = self.hosts.get(origin)
         return host is None or host.health.is_healthy(route)
 
     def has_pipelined(self, origin):
-        """Whether several requests at a time have been in flight on a connection to a host over HTTP. From any thread."""
+        """Whether requests to a host are pipelined over HTTP. May be called from any thread."""
         host = self.hosts.get(origin)
-        return host is not None and origin.scheme != "sftp" and host.pipelining.works
+        return host is not None and origin.scheme != "sftp" and bool(host.pipelining.works)
 
-    def distrust(self, origin):
-        """Answers of a host were mixed up: no more than one request is in flight on a connection from now on"""
-        self._host(origin).pipelining.end()
+    def disable_pipelining(self, origin):
+        """Send requests to a host one by one from now on, since its answers were mixed up"""
+        self._host(origin).pipelining.disable()
 
     def busy_seconds(self):
-        """Seconds in which there were requests that had not been answered"""
+        """Number of seconds in which there were unanswered requests"""
         return self._busy + (self.loop.time() - self._busy_since if self._open else 0)
 
     def stop(self):

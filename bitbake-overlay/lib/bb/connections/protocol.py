@@ -5,40 +5,40 @@
 #
 
 """
-The messages between a setscene task (client.py) and the bitbake server (peers.py).
+Messages between tasks (client.py) and the connection server (peers.py): specification and functions for both ends.
 
-Transport: a Unix socket of type SOCK_SEQPACKET. Each packet is one message of at most MAX_MESSAGE bytes: a JSON object
-in UTF-8. A file descriptor travels with the message that needs it (SCM_RIGHTS).
+Transport: a Unix socket of type SOCK_SEQPACKET. Each packet is one message, a JSON object in UTF-8 of at most
+MAX_MESSAGE bytes. A file descriptor is passed with the message that refers to it (SCM_RIGHTS).
 
-The address is "<uid>:<name>". The name is abstract, so it belongs to a network namespace: a task that bitbake has cut
-off from the network cannot connect, and there is no file to protect or to leave behind. The server accepts only peers
-with its own uid (SO_PEERCRED). The client compares the server's uid with that in the address, which pseudo cannot fake:
-another user could take the name once the server is gone.
+The address is "<uid>:<name>". The name is abstract, and so belongs to a network namespace: a task without network
+access cannot connect, and there is no file to protect or to remove. The server accepts only peers with its own uid
+(SO_PEERCRED). The client compares the server's uid with the one in the address, which pseudo does not change, since
+another user could use the name after the server has ended.
 
-Server, on accepting:
+On accepting a connection, the server sends
     {"hello": VERSION, "schemes": ["http", "https", "sftp"]}
-A client that does not know the version closes. It fetches without the server, as it does URLs of other schemes.
+A client that does not support the version disconnects, and fetches without the server, as it does for other schemes.
 
-Client:
+The client sends requests:
     {"id": n, "method": "HEAD" or "GET", "url": "...", "environment": {...}, "verify": true, "authorization": "..."}
-id is a number that the client has not in use. environment holds variables, for http those of request.HTTP_ENVIRONMENT that are set. verify
-(default true) tells whether to check certificates, authorization is the value of the header of that name, or null. A
-GET comes with the descriptor of a regular file, open for writing, that receives the body; a HEAD without. At most
-MAX_REQUESTS may be without an answer.
+id is a number that no unanswered request of the client has. environment contains variables, for http those of
+request.HTTP_ENVIRONMENT that are set. verify (default true) determines whether certificates are verified, authorization
+is the value of the Authorization header or null. A GET is accompanied by the descriptor of a regular file, open for
+writing, for the body; a HEAD by none. A client may have at most MAX_REQUESTS unanswered requests.
 
-Server, for each request any number of
+For each request the server sends, at least every PROGRESS_SECONDS,
     {"id": n, "progress": bytes}
-at least every PROGRESS_SECONDS, then one of
+and then one of
     {"id": n, "status": 200, "size": bytes or null, "modified": seconds since the epoch or null}
     {"id": n, "status": other}
     {"id": n, "error": "connect" | "protocol" | "timeout" | "refused" | ..., "message": "..."}
-After status 200 of a GET the file holds exactly size bytes, after anything else it holds anything.
+After status 200 to a GET the file contains exactly size bytes; in all other cases its content is undefined.
 
-A client that receives nothing for SILENCE_SECONDS treats the server as gone. It cancels its requests by closing the
-socket. A violation of the protocol is answered by
+A client that receives nothing for SILENCE_SECONDS treats the server as failed. Closing the socket cancels the client's
+requests. After a violation of the protocol the server sends
     {"id": null, "error": "protocol", "message": "..."}
-and the end of the connection. Unknown members are ignored, so that they can be added; a change in the meaning of known
-ones needs a new VERSION.
+and disconnects. Unknown members are ignored, so that further ones can be added; if the meaning of a known one changes,
+VERSION has to be increased.
 """
 
 import json
@@ -49,14 +49,18 @@ import struct
 from bb.connections import ProtocolError
 
 VERSION = 1
+# Bytes of a message; long environments and URLs fit
 MAX_MESSAGE = 64 * 1024
+# Unanswered requests of a client; a task has one
 MAX_REQUESTS = 16
+# Seconds between progress messages
 PROGRESS_SECONDS = 5
+# Seconds without a message after which a server has failed: several progress messages are overdue
 SILENCE_SECONDS = 30
 
 
 def peer_uid(sock):
-    """The user id of the process at the other end of a connection"""
+    """Returns the user id of the process at the other end"""
     return struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII")))[1]
 
 def encode(message):
@@ -67,14 +71,14 @@ def encode(message):
     return data
 
 def send(sock, data, fd=None):
-    """Send what encode() returned. Blocks as the socket does; raises OSError."""
-    # Not socket.send_fds(), which is of Python 3.9
+    """Send data, which encode() has returned. Blocks as the socket does; raises OSError."""
+    # Not socket.send_fds(), which exists since Python 3.9
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))] if fd is not None else [])
 
 def receive(sock, descriptors=1):
     """
-    Receive one message. Returns it, and the descriptor that came with it or None. Raises ProtocolError for what is not
-    a message, or has more descriptors, with none of them left open; OSError as the socket does, and at its end.
+    Receive a message. Returns it, and the descriptor that was passed with it or None. Raises ProtocolError if it is
+    invalid or has more descriptors, all of which are closed then; OSError as the socket does, and at its end.
     """
     # Not socket.recv_fds(), which ignores the flags in some versions of Python
     size = socket.CMSG_LEN(descriptors * struct.calcsize("i"))

@@ -5,13 +5,15 @@
 #
 
 """
-A request to a mirror, and its answer.
+A request to a mirror, its answer, and how its host is reached.
 
-A request is a URL, asked for with a certain environment: proxy, certificates
-and the way ssh is started follow from variables of the task, not of this
-process. The only file that is used here is that of a body.
+Used by the whole package and its callers. A request consists of a URL and an
+environment, since proxy, certificates and the start of ssh follow from the
+variables of a task, not of this process. No network access; only the body is
+written here, in the event loop's thread. URLs follow RFC 3986.
 
-    Request("HEAD", "https://mirror.example/sstate/x", environment)
+    request = Request("HEAD", "https://mirror.example/sstate/x", environment)
+    request.done = lambda request, response, error: ...
 """
 
 import base64
@@ -27,34 +29,36 @@ import urllib.request
 
 from bb.connections import DestinationError
 
-# RFC 3986: scheme, authority, path with query; and user, password, host and port (urlsplit() takes ten times as long)
+# Scheme, authority, path with query of a URL. urllib.parse.urlsplit() takes ten times as long.
 URL = re.compile(r"(https?|sftp)://([^/?#]*)([^#]*)", re.IGNORECASE)
+# User, password, host and port of an authority
 AUTHORITY = re.compile(r"(?:([^:]*)(?::(.*))?@)?(\[[^]]+\]|[^:@\[\]]+)(?::([0-9]{0,5}))?", re.DOTALL)
 
-# No such file, and additionally: not for us. The latter are final for HEAD only.
+# Statuses of a file that does not exist
 ABSENT = (404, 410)
 FORBIDDEN = 403
+# Statuses to a HEAD of a file that does not exist or may not be read
 MISSING = ABSENT + (401, FORBIDDEN, 405)
-# Of a server that may do so for HEAD only
+# Statuses with which some servers refuse a HEAD, but not a GET
 HEAD_REFUSED = (FORBIDDEN, 405)
-# Bytes that are assumed for a body of unknown size, most of which are siginfos
+# Bytes that are assumed for a body of unknown size: most of those are siginfos, which are smaller
 UNKNOWN_BODY = 64 * 1024
 # Response.validators if there are none
 NO_VALIDATORS = hash((None, None))
-# 0: ssh's own configuration selects the port
+# Default ports; with 0 the configuration of ssh selects it
 DEFAULT_PORTS = {"http": 80, "https": 443, "sftp": 0}
 
-# Variables which select the way to a host: for HTTP, and for ssh including what a ProxyCommand may use. ssh gets all others,
-# too, but those of whoever comes first.
+# Variables that determine the route to a host. Requests that differ in them use different connections.
 HTTP_ENVIRONMENT = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY",
                     "SSL_CERT_FILE", "SSL_CERT_DIR")
+# The same for ssh and a ProxyCommand. All other variables are passed to ssh as well, from the request that starts it.
 ENVIRONMENT = HTTP_ENVIRONMENT + (
     "HOME", "PATH", "USER", "LOGNAME", "SSH_AUTH_SOCK", "SSH_AGENT_PID", "DBUS_SESSION_BUS_ADDRESS", "KRB5CCNAME",
     "ALL_PROXY", "all_proxy", "SOCKS5_USER", "SOCKS5_PASSWD",
     "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ROLE_ARN",
     "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN")
 
-# scheme, host (lower case unless sftp), port number, user (may be "")
+# scheme, host (in lower case unless for sftp), port number, user (may be "")
 Origin = collections.namedtuple("Origin", "scheme host port user")
 # proxy is None or (host, port, value of Proxy-Authorization or None)
 Route = collections.namedtuple("Route", "proxy cafile capath verify")
@@ -62,66 +66,70 @@ Route = collections.namedtuple("Route", "proxy cafile capath verify")
 
 class SSHRoute(collections.namedtuple("SSHRoute", "program variables")):
     """
-    The ssh that is found in PATH, and (name, value) of each other variable that counts. The attribute environment, all
-    variables of one recipe, is not compared.
+    The path of ssh, and (name, value) of each variable of ENVIRONMENT. The attribute environment, the complete
+    environment of one request, is not compared.
     """
 
 
 class Response(collections.namedtuple("Response", "status headers length")):
-    """status is that of HTTP or its equivalent. headers.get() takes lower case names. length is None if unknown."""
+    """status is the HTTP status or its equivalent, headers a dictionary with lower case names, length may be None"""
     __slots__ = ()
 
     @property
     def validators(self):
-        """A hash of what distinguishes the file from others of the same size (RFC 9110 8.8)"""
+        """A hash of the validators (RFC 9110 8.8), which distinguish the file from others of the same size"""
         return hash((self.headers.get("etag"), self.headers.get("last-modified")))
 
 
 class Request:
     """
-    A HEAD or GET of url with an environment, {name: value}. For sftp HEAD
-    means STAT. Raises ValueError if url cannot be asked for here.
+    A HEAD or GET of url with an environment, {name: value}. For sftp, HEAD means
+    STAT. Raises ValueError if url is not supported.
 
-    fd is the descriptor that receives the body of a GET, from offset 0 on; empty
-    tells that the file is known to be empty. It belongs to the caller and must
-    stay open until the request is answered. A GET without it asks for the first
-    byte only, for servers that refuse HEAD.
+    fd is the descriptor for the body of a GET; empty: its file is known to be
+    empty. It belongs to the caller and must stay open until the request is
+    answered. A GET without a descriptor requests the first byte only.
 
-    done(request, response, error) is called exactly once, in the thread of the
-    event loop; response or error is None. context is the caller's. Setting
-    cancelled, from any thread, ends the request soon. first requests are sent
-    before all others, fresh ones although it is known from before that there is
-    a file, doubted ones whatever is known; alone and probe are the host's:
-    nothing else is in flight on the connection, and the answer is used to find
-    out about the host.
+    done(request, response, error) is called exactly once, in the event loop's
+    thread; either response or error is None.
+
+    context     for the caller's use
+    cancelled   may be set in any thread, to end the request soon
+    first       send it before others
+    fresh       send it even if the file is known to exist
+    recheck     send it whatever is known
+    probe       for diagnosis.py: the answer is not cached
+    exclusive   send it only when nothing else is in flight on the connection
     """
-    # A query has many thousands: a dictionary for each takes three times the memory
+    # A query has many thousands of requests: with dictionaries they would take three times the memory
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "empty", "done", "context", "cancelled", "first",
-                 "fresh", "doubted", "probe", "alone", "received", "sent", "url", "origin", "target", "route", "key", "asked", "size",
-                 "validators", "attempts", "refusals", "recovered", "redirects", "refused_head", "heard")
+                 "fresh", "recheck", "probe", "exclusive", "received", "sent", "url", "origin", "target", "route", "key",
+                 "original_method", "size", "validators", "attempts", "refusals", "recoveries_before", "redirects",
+                 "refused_head", "answers_before")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, empty=False):
-        # What is sent may become a GET if the server refuses a HEAD
-        self.method = self.asked = method
+        # method becomes GET if the server refuses a HEAD
+        self.method = self.original_method = method
         self.environment = environment
         self.verify = verify
         self.authorization = authorization
         self.fd = fd
         self.empty = empty
         self.done = self.context = None
-        self.cancelled = self.first = self.fresh = self.doubted = self.probe = self.alone = False
-        # Bytes of the body so far, and the time when it was last sent
+        self.cancelled = self.first = self.fresh = self.recheck = self.probe = self.exclusive = False
+        # Number of bytes of the body so far, and the time at which the request was last sent
         self.received = self.sent = 0
-        # What a HEAD has announced: size in bytes, and what distinguishes this file from others
+        # Size in bytes and validators from the HEAD of the same file
         self.size = self.validators = None
-        # The host's: failures, refusals, redirects, and how many other requests had recovered from refusals at the first one
-        self.attempts = self.refusals = self.redirects = self.recovered = 0
-        # The status with which a HEAD was refused, if that is why it is a GET now
+        self.attempts = self.refusals = self.redirects = 0
+        # Number of other requests that had been answered after a refusal when this one was first refused (failures.py)
+        self.recoveries_before = 0
+        # Status with which a HEAD was refused that is a GET now
         self.refused_head = None
-        # How many answers the host had given when this one failed to come, and no other came meanwhile
-        self.heard = None
+        # Number of answers of the host when this request last failed together with the host (failures.py)
+        self.answers_before = None
         self._set_url(url)
-        # Requests with the same key have the same answer, whatever redirects do to url
+        # Key of the answer in the pool's cache, which redirects do not change
         self.key = (authorization, self.route), url
 
     def _set_url(self, url):
@@ -130,7 +138,7 @@ class Request:
             if not match:
                 raise ValueError("Not an http, https or sftp URL")
             scheme, authority, target = match.groups()
-            self.origin, self.route = _way(scheme.lower(), authority, tuple(self.environment.items()), self.verify)
+            self.origin, self.route = _origin_and_route(scheme.lower(), authority, tuple(self.environment.items()), self.verify)
             if self.origin.scheme == "sftp":
                 self.target = _sftp_path(target)
             elif url.isascii() and url.isprintable() and " " not in url:
@@ -138,20 +146,20 @@ class Request:
             else:
                 raise ValueError("Invalid character in URL")
         except ValueError as e:
-            # A password with a slash is not where redact() looks for it
+            # redact() does not find a password that contains a slash
             raise ValueError("%s: %s" % (e, redact(re.sub("(?s)//.*@", "//", url)))) from None
         self.url = url
 
     def redirect(self, location):
-        """Continue at location. Raises ValueError if that is not possible here."""
+        """Change the URL to location. Raises ValueError if it is not supported."""
         before = self.origin
         url = urllib.parse.urljoin(self.url, location.replace(" ", "%20"))
         if url.lower().startswith("sftp:"):
             raise ValueError("redirect to sftp")
-        # Credentials in a Location are the server's, not the user's
+        # Credentials in a Location do not come from the user
         self._set_url(re.sub("^([^/?#]*//)[^/?#]*@", r"\1", url))
         if before[:3] == self.origin[:3]:
-            # The user is part of an origin
+            # With the same user, which is part of an origin
             self.origin = before
         else:
             self.authorization = None
@@ -159,19 +167,18 @@ class Request:
 
     @property
     def identity(self):
-        """What tells the file from others, None if no HEAD has been answered"""
+        """Size and validators, by which the file's answer is recognized, or None if no HEAD was answered"""
         return None if self.size is None else (self.size, self.validators)
 
     def body_size(self):
-        """Bytes of the body to expect"""
         if self.fd is None:
             return 0
         return UNKNOWN_BODY if self.size is None else self.size
 
     def begin_body(self):
-        """The body begins: remove what is in the file. Raises DestinationError."""
+        """Truncate the destination to receive a body. Raises DestinationError."""
         try:
-            # ext4 flushes a file on close after any truncation, even of an empty file (auto_da_alloc in ext4(5))
+            # Only if needed: ext4 flushes a file on close after any truncation (auto_da_alloc in ext4(5))
             if (self.received or not self.empty) and os.fstat(self.fd).st_size:
                 os.ftruncate(self.fd, 0)
         except OSError as e:
@@ -179,7 +186,7 @@ class Request:
         self.received = 0
 
     def write(self, data):
-        """The next bytes of the body, a memoryview. Raises DestinationError."""
+        """Write the next bytes of the body, a memoryview. Raises DestinationError."""
         try:
             while data:
                 size = os.pwrite(self.fd, data, self.received)
@@ -193,14 +200,13 @@ def unwritable(error):
     return DestinationError("cannot write the file: %s" % error.strerror)
 
 def redact(url):
-    """url without user, password and query, which may contain a token: for messages"""
+    """Returns url for use in a message: without user, password, and the query, which may contain a token"""
     return re.sub("^([^/]*//)[^/]*@", r"\1", url).partition("#")[0].partition("?")[0]
 
 def basic_auth(user, password):
     return "Basic " + base64.b64encode(("%s:%s" % (user, password)).encode("utf-8")).decode("ascii")
 
 def ssh_program(path):
-    """The ssh that is found in path, a value of PATH"""
     return shutil.which("ssh", path=path) or "/usr/bin/ssh"
 
 def retry_after(headers):
@@ -219,11 +225,11 @@ def _seconds(date):
     try:
         return email.utils.parsedate_to_datetime(date).timestamp()
     except (IndexError, TypeError, ValueError, OverflowError):
-        # IndexError: Python before 3.10
+        # IndexError before Python 3.10
         return None
 
 def _sftp_path(target):
-    """As in fetch2/sftp.py: unquoted; what follows /~/ is relative to the home directory"""
+    """Returns the path as fetch2/sftp.py does: unquoted, and relative to the home directory if it begins with /~/"""
     path = urllib.parse.unquote(target.partition("?")[0], errors="surrogateescape")
     path = (path[3:] if path.startswith("/~/") else path).encode("utf-8", "surrogateescape")
     if not path or b"\0" in path:
@@ -231,21 +237,21 @@ def _sftp_path(target):
     return path
 
 def _split(authority):
-    """Returns user, password, host and port, "" or 0 if there is none. Raises ValueError without quoting any of them."""
+    """Returns user, password, host ("" if missing) and port (0 if missing). Raises ValueError without quoting them."""
     match = AUTHORITY.fullmatch(authority)
     if not match or int(match[4] or 0) > 65535:
         raise ValueError("Invalid host or port")
     return match[1] or "", match[2] or "", match[3].strip("[]"), int(match[4] or 0)
 
 @functools.lru_cache(maxsize=256)
-def _way(scheme, authority, environment, verify):
-    """Origin and route of all URLs that begin with scheme://authority"""
+def _origin_and_route(scheme, authority, environment, verify):
+    """Returns the Origin of scheme://authority and the Route or SSHRoute to it"""
     user, _, host, port = _split(authority)
     environment = dict(environment)
     if scheme == "sftp":
         if host.startswith("-"):
             raise ValueError("Not a host name: %s" % host[:80])
-        # As written: it may be an alias in ssh's configuration
+        # Not in lower case: it may be an alias in the configuration of ssh
         return Origin(scheme, host, port, urllib.parse.unquote(user)), _ssh_route(environment)
     origin = Origin(scheme, host.lower(), port or DEFAULT_PORTS[scheme], user)
     proxy = _proxy(origin, environment)

@@ -5,10 +5,11 @@
 #
 
 """
-The requests to a host that wait to be sent: a queue for each route.
+The requests to a host that are to be sent: a queue for each route.
 
-Used by host.py. Probes are sent first, then requests that are marked as first;
-apart from that the order is that of submission.
+Used by host.py and connectionset.py in the event loop's thread. Probes are sent
+first, then requests marked as first, then the others in the order of
+submission, and at last those that were slow before.
 
     queues = RequestQueues()
     queues.add(request)
@@ -23,7 +24,6 @@ class RequestQueue:
         self._probes = collections.deque()
         self._first = collections.deque()
         self._others = collections.deque()
-        # Those that were slow before, behind all others
         self._slow = collections.deque()
 
     def __iter__(self):
@@ -37,21 +37,20 @@ class RequestQueue:
 
     @property
     def head(self):
-        """The next request; there has to be one"""
         return (self._probes or self._first or self._others or self._slow)[0]
 
     def add(self, request):
-        (self._slow if request.alone else self._deque(request)).append(request)
+        (self._slow if request.exclusive else self._deque(request)).append(request)
 
     def put_back(self, request):
-        """A request that was taken before is the next one again, also one that is to be sent alone"""
+        """Add a request at the front, even one that was slow before"""
         self._deque(request).appendleft(request)
 
     def _deque(self, request):
         return self._probes if request.probe else self._first if request.first else self._others
 
-    def hurry(self, request):
-        """Mark request as first, if it is in the queue"""
+    def prioritise(self, request):
+        """Mark request as first and move it, if it is in the queue"""
         if request in self._others:
             self._others.remove(request)
             request.first = True
@@ -67,7 +66,6 @@ class RequestQueues:
         self._queues = {}
 
     def __iter__(self):
-        """All requests"""
         for queue in self._queues.values():
             yield from queue
 
@@ -75,12 +73,11 @@ class RequestQueues:
         return sum(len(queue) for queue in self._queues.values())
 
     def items(self):
-        """(route, queue) of each queue that is not empty; others are removed"""
+        """Returns (route, queue) of each queue that is not empty"""
         self._queues = {route: queue for route, queue in self._queues.items() if queue}
         return list(self._queues.items())
 
     def get(self, route):
-        """The RequestQueue of route"""
         if route not in self._queues:
             self._queues[route] = RequestQueue()
         return self._queues[route]
@@ -89,15 +86,14 @@ class RequestQueues:
         self.get(request.route).add(request)
 
     def put_back(self, requests):
-        """Requests that were taken before are the next ones again"""
         for request in reversed(requests):
             self.get(request.route).put_back(request)
 
-    def hurry(self, request):
-        self.get(request.route).hurry(request)
+    def prioritise(self, request):
+        self.get(request.route).prioritise(request)
 
     def clear(self, route=None):
-        """Remove and return all requests, or those of route"""
+        """Remove and return the requests of route, or all of them if it is None"""
         queues = self._queues.values() if route is None else [self.get(route)]
         requests = [request for queue in queues for request in queue]
         self._queues = {} if route is None else {other: queue for other, queue in self._queues.items() if other != route}

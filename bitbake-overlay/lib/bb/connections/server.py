@@ -7,15 +7,16 @@
 """
 The thread with the event loop that owns all shared connections.
 
-A ConnectionServer lives as long as there is something to be done; in between there is no thread and no connection. The
-thread that starts it, which is the runqueue's, submits batches of requests, and delivers their answers itself when a
-descriptor becomes readable. Other processes use a socket (peers.py). What is known of hosts is in pool.py.
+Used by bb.sharedconnections, bb.presencequery and bb.prefetch in the runqueue's thread, which submits batches of
+requests and calls deliver() when a descriptor becomes readable. Other processes use the socket (peers.py). The thread
+exists from start() to stop(), so that a resident server parses and forks without it, and owns everything that it uses.
+Requests are not handled in here but in pool.py.
 
     server = ConnectionServer(connections=4)
     server.start()
     server.submit(requests, answered)
     while ...:
-        server.deliver(1)       # waits for a second, and calls answered(request, response, error)
+        server.deliver(1)       # waits for at most a second and calls answered(request, response, error)
     server.stop()
 """
 
@@ -32,28 +33,29 @@ from bb.connections import Cancelled, ConnectionCacheError, splice
 from bb.connections.peers import Peers
 from bb.connections.pool import PROTOCOLS, Pool
 
-# Seconds until stop() gives up, mostly for an ssh that is still logging in
+# Seconds that stop() waits for the connections to end: longer than ssh.LOGIN_GRACE + 2 * ssh.GRACE
 STOP_TIMEOUT = 10
-# Longest delay of answers that are not urgent, in seconds; not delayed once this many are waiting
-DELAY = 0.05
-ENOUGH = 24
-# Seconds between switches of threads, and while bodies are awaited
+# Seconds by which answers that are not urgent are delayed, so that more of them are delivered together
+MAX_DELAY = 0.05
+# Number of undelivered answers from which on they are not delayed
+MAX_DELAYED = 24
+# Seconds between switches of threads while no bodies are received: the interpreter's default
 USUAL_SWITCH_INTERVAL = sys.getswitchinterval()
+# The same in seconds while bodies are received; see _count_bodies()
 SWITCH_INTERVAL = 0.001
 
 # Servers that run in this process
 _running = set()
-# Of the parent, in a forked child: nothing in there may be finalised, since that would close descriptors again
+# In a forked child, servers of the parent: they must not be finalized, which would close descriptors again
 _inherited = []
 
 
 def stop_all():
-    """Stop the servers of this process"""
     for server in list(_running):
         server.stop()
 
 def _forked():
-    # Without any lock; and once only, since a child of this child may have other files with these numbers
+    # Takes no lock. Only once: in a child of this child the numbers may belong to other files.
     while _running:
         server = _running.pop()
         _inherited.append(server)
@@ -63,7 +65,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """Resolves names in daemon threads: those of the default executor would be joined when the process ends"""
+    """Resolves names in daemon threads, since threads of the default executor are joined when the process ends"""
 
     def run_in_executor(self, executor, function, *args):
         outcome = concurrent.futures.Future()
@@ -74,7 +76,7 @@ class Loop(asyncio.SelectorEventLoop):
             except Exception as e:
                 outcome.set_exception(e)
 
-        # From now on it cannot be cancelled, which run() does not expect
+        # From now on the future cannot be cancelled, which run() does not handle
         outcome.set_running_or_notify_cancel()
         try:
             threading.Thread(target=run, name="connection lookup", daemon=True).start()
@@ -83,19 +85,17 @@ class Loop(asyncio.SelectorEventLoop):
         return asyncio.wrap_future(outcome, loop=self)
 
     def descriptors(self):
-        """What a forked child has to close"""
         return [self._selector.fileno(), self._csock.fileno(), *self._selector.get_map()]
 
 
 class ConnectionServer:
     """
-    connections and most are the limits for each host, the latter if it pays, timeout how many seconds without any data
-    end a connection, log a function for messages to bitbake's developers, protocols as of Pool. All but wake() is for the
-    thread that delivers the answers.
+    connections, most, timeout (seconds) and protocols are as for Pool; log is called with messages for BitBake's
+    developers. The methods, except for wake(), are for the thread that delivers the answers.
 
-    address     for other processes, while it runs
-    is_running  whether requests may be answered; if not, they fail
-    pool, peers Pool and Peers, which belong to the loop's thread
+    address         address for other processes, or None while the server does not run
+    is_running      whether requests are handled; if not, they fail
+    pool, peers     Pool and Peers, which belong to the event loop's thread
     """
 
     def __init__(self, connections=4, most=None, timeout=100, log=lambda message: None, protocols=PROTOCOLS):
@@ -104,19 +104,20 @@ class ConnectionServer:
         self._settings = connections, most or connections, timeout, protocols
         self._log = log
         self._thread = None
-        # For requests that are left when the thread ends
+        # The error of requests that are unanswered when the thread ends
         self._error = Cancelled("the build has ended")
-        # {request: answered} of those without an answer, and [(request, answered, response, error)] to be delivered
+        # {request: answered} without an answer
         self._open = {}
+        # [(request, answered, response, error)] to be delivered
         self._answers = collections.deque()
-        # How many of both have a body
+        # Number of requests in both that have a body
         self._bodies = 0
-        # Whether the descriptor is readable, and the timer that delays that
+        # Whether the descriptor has been made readable since the last delivery, and the timer that will do so
         self._awake = False
         self._delay = None
 
     def start(self):
-        """Start the thread, and accept other processes. Raises OSError or RuntimeError if that is not possible."""
+        """Start the thread and accept other processes. Raises OSError or RuntimeError."""
         with contextlib.ExitStack() as undo:
             self._wakeup, self._waker = (undo.enter_context(sock) for sock in socket.socketpair())
             self._loop = Loop()
@@ -129,7 +130,7 @@ class ConnectionServer:
             _running.add(self)
             self.address = self.peers.address
             self.is_running = True
-            # The process must not stay because of it if the main thread dies of an exception
+            # A daemon thread, so that the process ends if an exception ends its main thread
             thread = threading.Thread(target=self._run, name="connection server", daemon=True)
             thread.start()
             undo.pop_all()
@@ -137,8 +138,8 @@ class ConnectionServer:
 
     def stop(self):
         """
-        Fail what has not been answered with Cancelled, close everything and wait for the thread, for STOP_TIMEOUT
-        seconds and what one ssh may take. Returns False if it has not ended. Answers can still be delivered.
+        Fail unanswered requests with Cancelled, close everything and wait for the thread, at most 2 * STOP_TIMEOUT
+        seconds. Returns False if it has not ended. Answers can still be delivered.
         """
         thread, self._thread = self._thread, None
         if not thread:
@@ -154,18 +155,18 @@ class ConnectionServer:
         return True
 
     def close_descriptors(self):
-        """In a forked child"""
+        """Called in a forked child"""
         own = {self._wakeup.fileno(), self._waker.fileno(), *self._loop.descriptors(), *self.peers.descriptors()}
         files = {request.fd for request in self._open if request.fd is not None}
         for fd in own | files | splice.descriptors:
             with contextlib.suppress(OSError):
-                # The parent was about to close it
+                # The parent may have closed it just before the fork
                 os.close(fd)
 
     def submit(self, requests, answered, first=False):
         """
-        Queue requests, if first before all that are not. answered(request, response, error) is called by deliver(),
-        once for each. Does not block.
+        Queue requests; first: in front of all that are not. deliver() will call answered(request, response, error) once
+        for each. Does not block.
         """
         for request in requests:
             request.first = first
@@ -174,46 +175,46 @@ class ConnectionServer:
         self._count_bodies(sum(request.fd is not None for request in requests))
         self._call(self.pool.submit, requests)
 
-    def hurry(self, requests):
-        """Send those of requests that are still queued before others. Does not block."""
-        self._call(self.pool.hurry, requests)
+    def prioritise(self, requests):
+        """Move requests, where they are still queued, to the front. Does not block."""
+        self._call(self.pool.prioritise, requests)
 
     def reject(self, request):
-        """request was answered with another file than it should: count that as absent. Does not block."""
+        """Treat the file of request as absent, since its content is not what it should be. Does not block."""
         self._call(self.pool.reject, request)
 
-    def distrust(self, origin):
-        """Answers of that host were mixed up: do not pipeline requests to it any more. Does not block."""
-        self._call(self.pool.distrust, origin)
+    def disable_pipelining(self, origin):
+        """Send requests to a host one by one from now on, since its answers were mixed up. Does not block."""
+        self._call(self.pool.disable_pipelining, origin)
 
     def _call(self, function, *args):
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
-            # The loop is closed, so deliver() has something to do
+            # The loop is closed: deliver() will fail the requests
             self.wake()
 
     def fileno(self):
-        """A descriptor that is readable if there are answers to deliver"""
+        """Returns a descriptor that is readable while there are answers to deliver"""
         return self._wakeup.fileno()
 
     def wake(self):
-        """Let fileno() become readable, and deliver() return. From any thread."""
+        """Make fileno() readable and deliver() return. May be called from any thread."""
         if not self._awake:
             self._awake = True
             with contextlib.suppress(OSError):
-                # Closed: nobody waits
+                # Closed after stop(): no thread waits
                 self._waker.send(b"x")
 
     def deliver(self, seconds=0):
         """
-        Call answered() for each answer that has arrived; if there is none, wait for so many seconds, or until wake() is
-        called. Once the server has ended, what is left is answered with an error.
+        Call answered() for each answer that has arrived, after waiting for one, or wake(), for at most that many seconds.
+        If the server has ended, all remaining requests fail.
         """
         with contextlib.suppress(OSError):
             self._wakeup.settimeout(seconds)
             self._wakeup.recv(16)
-        # What is appended to the queue from now on wakes this thread again
+        # Answers appended from now on wake this thread again
         self._awake = False
         if self._loop.is_closed():
             while self._open:
@@ -226,13 +227,13 @@ class ConnectionServer:
 
     def _count_bodies(self, change):
         """
-        While bodies are awaited, let threads take turns more often: each write to a file releases the interpreter's
-        lock, and with a thread that only computes the loop has to wait for a switch interval to get it back.
+        While bodies are received, switch between threads more often: each write to a file releases the interpreter's
+        lock, and if another thread computes, the event loop waits for a switch interval to get it back.
         """
         self._bodies += change
         sys.setswitchinterval(min(SWITCH_INTERVAL, USUAL_SWITCH_INTERVAL) if self._bodies else USUAL_SWITCH_INTERVAL)
 
-    # In the thread
+    # In the event loop's thread
 
     def _run(self):
         try:
@@ -240,17 +241,17 @@ class ConnectionServer:
             self._loop.run_forever()
             self._loop.run_until_complete(self._end())
         except Exception as e:
-            self._fail("The thread ends", e)
+            self._fail("stopping because of an exception", e)
         finally:
             self.peers.close()
-            # A child that is forked from now on has nothing to close but the pair of sockets
+            # A child forked from now on only inherits the pair of sockets
             _running.discard(self)
             self._loop.close()
-            # For what has no answer, or one that is delayed
+            # To deliver delayed answers and fail the other requests
             self.wake()
 
     def _handle(self, loop, context):
-        """Of asyncio. An exception in here is a fault of ours: others go on without this thread."""
+        """asyncio's exception handler. An exception in this package ends the thread; its users continue without it."""
         error = context.get("exception")
         if error and not isinstance(error, (OSError, ConnectionCacheError)):
             self._fail(context["message"], error)
@@ -267,16 +268,15 @@ class ConnectionServer:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         while others and self._loop.time() < deadline:
             await asyncio.wait(others, timeout=deadline - self._loop.time())
-            # One that is cancelled while it connects leaves another one, which waits for its ssh
+            # A connecting task that is cancelled may start another one, which waits for its ssh to end
             others = asyncio.all_tasks() - {asyncio.current_task()}
-        # Transports are closed by callbacks
+        # Transports are closed in callbacks
         await asyncio.sleep(0)
 
     def _answered(self, request, response, error):
-        """Of Request"""
         self._answers.append((request, self._open.pop(request), response, error))
-        # Not at once: other answers of the same read follow
-        due = self._loop.time() + (0 if request.first or len(self._answers) >= ENOUGH else DELAY)
+        # Wake the other thread later: further answers of the same read follow
+        due = self._loop.time() + (0 if request.first or len(self._answers) >= MAX_DELAYED else MAX_DELAY)
         if not self._delay or due < self._delay.when():
             if self._delay:
                 self._delay.cancel()

@@ -5,11 +5,12 @@
 #
 
 """
-One SFTP session over ssh: HEAD, which is STAT, and GET into a descriptor.
+An SFTP session over ssh: HEAD, which is a STAT, and GET into a descriptor.
 
-Used by host.py, in the thread of the event loop. Follows SFTP version 3
-(draft-ietf-secsh-filexfer-02) and limits@openssh.com (OpenSSH's PROTOCOL, 4.8).
-Requests for many files are in flight, and answers may come in any order.
+Used by connectionset.py in the event loop's thread; host.py receives the
+answers. Follows SFTP version 3 (draft-ietf-secsh-filexfer-02) with the extension
+limits@openssh.com (OpenSSH's PROTOCOL, 4.8). Requests for many files are in
+flight together, and may be answered in any order.
 
     connection = await connect(loop, host, origin, route, timeout)
     connection.send(requests)       # host.answered() and host.ended() are called
@@ -25,30 +26,36 @@ from bb.connections.connection import Connection
 from bb.connections.request import Response, redact, unwritable
 from bb.connections.ssh import SSH, printable
 
-# Version of the protocol, types of packets, status codes, flags of ATTRS
+# Constants of the protocol: version, packet types, status codes, flags of ATTRS
 VERSION = 3
 FXP_INIT, FXP_VERSION, FXP_OPEN, FXP_CLOSE, FXP_READ, FXP_FSTAT, FXP_STAT = 1, 2, 3, 4, 5, 8, 17
 FXP_STATUS, FXP_HANDLE, FXP_DATA, FXP_ATTRS, FXP_EXTENDED, FXP_EXTENDED_REPLY = 101, 102, 103, 105, 200, 201
 FX_EOF, FX_NO_SUCH_FILE, FX_PERMISSION_DENIED = 1, 2, 3
 ATTR_SIZE, ATTR_UIDGID, ATTR_PERMISSIONS = 1, 2, 4
-# The equivalent in HTTP
+# Equivalent HTTP statuses; SERVER_ERROR for all other codes
 STATUSES = {FX_NO_SUCH_FILE: 404, FX_PERMISSION_DENIED: 403}
 SERVER_ERROR = 500
-# Length, type, id of a packet; the same of a request, and the length of its string; range of a READ
-HEAD, REQUEST, RANGE = struct.Struct(">IBI"), struct.Struct(">IBII"), struct.Struct(">QI")
+# Layouts: length, type and id of a packet; the same of a request with the length of its string; range of a READ
+HEADER, REQUEST, RANGE = struct.Struct(">IBI"), struct.Struct(">IBII"), struct.Struct(">QI")
 UINT32, UINT64 = struct.Struct(">I"), struct.Struct(">Q")
-# Flags of OPEN, and no attributes
+# Flags of an OPEN for reading, and no attributes
 READ_ONLY = struct.pack(">II", 1, 0)
-# Bytes of the longest packet (OpenSSH has 256 KiB) and handle that are accepted
-MAX_PACKET, MAX_HANDLE = 256 * 1024 + 1024, 256
-# Bytes of a READ (what every server allows, and the most), and of all in flight
-READ, MAX_READ, WINDOW = 32 * 1024, 255 * 1024, 2 * 1024 * 1024
-# Files that are open at the same time, if the server does not announce a limit
+# Bytes of the longest packet that is accepted: OpenSSH's limit, 256 KiB, and a margin
+MAX_PACKET = 256 * 1024 + 1024
+# Bytes of the longest handle that is accepted: the draft's limit
+MAX_HANDLE = 256
+# Bytes of a READ that every server allows
+READ = 32 * 1024
+# The largest number of bytes of a READ, so that its answer fits into a packet of OpenSSH
+MAX_READ = 255 * 1024
+# Bytes of all READs in flight: enough for 100 MB per second at 20 ms per round trip
+WINDOW = 2 * 1024 * 1024
+# Number of files that are open together unless the server announces a limit; reduced if an OPEN fails
 HANDLES = 100
 
 
 async def connect(loop, owner, origin, route, timeout):
-    """Returns an SFTPConnection. Raises ConnectError or RefusedError. If it is cancelled, ssh is ended."""
+    """Returns an open SFTPConnection. Raises ConnectError or RefusedError; ends ssh if it fails or is cancelled."""
     ssh = SSH(loop, origin, dict(route.environment), "sftp")
     connection = SFTPConnection(loop, owner, origin, route, timeout, ssh)
     try:
@@ -67,8 +74,8 @@ async def connect(loop, owner, origin, route, timeout):
 
 
 class SFTPConnection(Connection):
-    """What is wrong with one file is the error of its request only"""
-    # sshd refuses logins if there are many at the same time
+    """An error that concerns one file fails its request only"""
+    # sshd refuses logins if many are in progress at the same time
     serial = True
 
     def __init__(self, loop, owner, origin, route, timeout, ssh):
@@ -77,12 +84,12 @@ class SFTPConnection(Connection):
         self.greeted = loop.create_future()
         # End of the packet whose next field is at start
         self._stop = 0
-        # Of the last packet that was sent, and {id of a packet: pending of ask()}
+        # {id: pending of ask()} of packets without an answer, and the last id
         self._id, self._pending = 0, {}
-        # Packets to send; GETs that wait for a handle; (Download, begin, end) for what waits for its turn to be read
         self._output = []
+        # GETs whose file is not open yet; (Download, begin, end) of the ranges that are still to be requested
         self._unopened, self.unread = collections.deque(), collections.deque()
-        # Files that are open, and bytes of the READs in flight
+        # Number of open files, and of bytes of the READs in flight
         self.handles = self.reading = 0
         self.max_handles = self.announced_handles = HANDLES
         self.max_read = READ
@@ -97,20 +104,20 @@ class SFTPConnection(Connection):
         self._proceed()
 
     def ask(self, kind, subject, tail, *pending):
-        """Queue a packet. pending: type of its answer (STATUS apart), function that takes the type, its other arguments"""
+        """Queue a packet. pending: expected type of the answer, besides STATUS; function for the type; further arguments"""
         self._id = ident = self._id + 1 & 0xffffffff
         self._pending[ident] = pending
         self._output.append(REQUEST.pack(9 + len(subject) + len(tail), kind, ident, len(subject)) + subject + tail)
 
     def _proceed(self):
-        """Send what is queued, and the OPENs and READs that there is room for: one READ for each file in its turn"""
+        """Send the queued packets, and as many OPENs and READs as permitted, the files taking turns"""
         while self._unopened and self.handles < self.max_handles:
             self.handles += 1
             Download(self, self._unopened.popleft())
         while self.unread and self.reading + self.max_read <= WINDOW:
             download, begin, end = self.unread.popleft()
             size = min(end - begin, self.max_read)
-            if size > 0 and not download.is_over:
+            if size > 0 and not download.is_done:
                 self.reading += size
                 self.ask(FXP_READ, download.handle, RANGE.pack(begin, size), FXP_DATA, download.answered, begin, size)
                 self.unread.append((download, begin + size, end))
@@ -118,7 +125,7 @@ class SFTPConnection(Connection):
         self._output.clear()
 
     def parse(self):
-        self.transport.write(HEAD.pack(5, FXP_INIT, VERSION))
+        self.transport.write(HEADER.pack(5, FXP_INIT, VERSION))
         try:
             while True:
                 while self._use_packet():
@@ -130,29 +137,29 @@ class SFTPConnection(Connection):
                 self.greeted.set_exception(e)
             raise
         finally:
-            # Also by close()
+            # Also after close()
             self._ssh.end()
 
     def _use_packet(self):
-        """Returns False if there is none, or a part only"""
+        """Handle the next packet. Returns False if it is not complete."""
         if self.end - self.start < 4:
             return False
         length, = UINT32.unpack_from(self.data, self.start)
         if not 5 <= length <= MAX_PACKET:
             if self.greeted.done():
-                raise self.error("a packet of %s bytes" % length)
-            raise ProtocolError("instead of SFTP the server sends '%s', as if ~/.bashrc or the like prints something "
-                                "without a terminal" % printable(self.data[self.start:self.end]))
+                raise self.error("invalid packet length %s" % length)
+            raise ProtocolError("the server sent '%s' instead of SFTP, perhaps because ~/.bashrc or the like prints it in "
+                                "sessions without a terminal" % printable(self.data[self.start:self.end]))
         self._stop = self.start + 4 + length
         if self._stop > self.end:
             return False
-        _, kind, ident = HEAD.unpack_from(self.data, self.start)
-        self.start += HEAD.size
+        _, kind, ident = HEADER.unpack_from(self.data, self.start)
+        self.start += HEADER.size
         pending = self._pending.pop(ident, None)
         if pending and (kind == pending[0] or kind == FXP_STATUS):
             pending[1](kind, *pending[2:])
         elif self.greeted.done():
-            raise self.error("a packet of type %s, id %s is not an answer to a request" % (kind, ident))
+            raise self.error("the packet of type %s with id %s does not answer a request" % (kind, ident))
         else:
             self._greet(kind, ident)
         return True
@@ -164,7 +171,7 @@ class SFTPConnection(Connection):
         while self.start < self._stop:
             names_and_data.append(bytes(self.string()))
         if b"limits@openssh.com" in names_and_data[::2]:
-            # No file is opened before they are known. STATs need not wait.
+            # OPENs wait for the limits, STATs do not
             self.max_handles = 0
             self.ask(FXP_EXTENDED, b"limits@openssh.com", b"", FXP_EXTENDED_REPLY, self._limited)
         self.greeted.set_result(None)
@@ -173,7 +180,7 @@ class SFTPConnection(Connection):
         self.max_handles = HANDLES
         if kind == FXP_EXTENDED_REPLY and self._stop - self.start >= 4 * UINT64.size:
             _, size, _, handles = [self.number(UINT64) for _ in range(4)]
-            # 0 is no limit, or an unknown one
+            # 0 means that there is no limit, or that it is unknown
             self.max_read = min(max(size, READ), MAX_READ)
             self.max_handles = self.announced_handles = handles or HANDLES
 
@@ -181,7 +188,7 @@ class SFTPConnection(Connection):
         return ProtocolError("%s: %s" % (self.origin.host, text))
 
     def number(self, layout=UINT32):
-        """The next field of the packet"""
+        """Consume and return the next field of the packet"""
         begin = self.start
         self.start = begin + layout.size
         if self.start > self._stop:
@@ -189,7 +196,7 @@ class SFTPConnection(Connection):
         return layout.unpack_from(self.data, begin)[0]
 
     def string(self):
-        """The next field, a view of the receive buffer"""
+        """The same, as a view of the receive buffer"""
         size = self.number()
         self.start += size
         if self.start > self._stop:
@@ -197,14 +204,14 @@ class SFTPConnection(Connection):
         return self.view[self.start - size:self.start]
 
     def last_string(self, limit):
-        """A string of 1 to limit bytes, with nothing behind it"""
+        """Consume and return the last field, which has to be a string of 1 to limit bytes"""
         string = self.string()
         if self.start != self._stop or not 0 < len(string) <= limit:
-            raise self.error("a string of %s bytes in a packet" % len(string))
+            raise self.error("invalid string of %s bytes in a packet" % len(string))
         return string
 
     def outcome(self, kind, request):
-        """What an ATTRS or STATUS means for request: (response, error)"""
+        """Returns (response, error) for request from an ATTRS or STATUS"""
         if kind == FXP_ATTRS:
             flags = self.number()
             size = self.number(UINT64) if flags & ATTR_SIZE else None
@@ -216,11 +223,12 @@ class SFTPConnection(Connection):
                 return None, StatusError("%s: the server does not announce the size of the file" % redact(request.url), 200)
             return Response(200, {}, size), None
         code = self.number()
-        # Servers of before version 3 send no message
+        # Servers of earlier versions send no message
         text = printable(self.string()) if self.start < self._stop else ""
         if code == FX_EOF:
-            return None, ProtocolError("%s: ends at %s bytes, before its size" % (redact(request.url), request.received))
-        # Some servers say FAILURE for a file that does not exist
+            return None, ProtocolError("%s: the file ends after %s bytes, before its announced size" %
+                                       (redact(request.url), request.received))
+        # Some servers report FAILURE for a file that does not exist
         return Response(STATUSES.get(code, SERVER_ERROR), {"reason": "SFTP status %s %s" % (code, text)}, None), None
 
     def _stated(self, kind, request):
@@ -228,12 +236,12 @@ class SFTPConnection(Connection):
 
     def finish(self, request, response, error):
         if request.cancelled:
-            response, error = None, Cancelled("the answer is not needed any more")
+            response, error = None, Cancelled()
         self.in_flight.remove(request)
         self.answer(request, response, error)
 
     def postpone(self, request):
-        """Open fewer files at the same time"""
+        """Queue request again, and open fewer files at the same time"""
         self.max_handles = max(1, self.handles - 1)
         self._unopened.appendleft(request)
 
@@ -242,24 +250,24 @@ class SFTPConnection(Connection):
 
 
 class Download:
-    """A GET: OPEN, FSTAT and the first READ together, the other READs, and a CLOSE whose answer nobody waits for"""
+    """A GET: OPEN; FSTAT with the first READ; further READs; CLOSE. is_done: nothing is written to the file any more."""
 
     def __init__(self, session, request):
         self.handle = None
-        self.is_over = False
+        self.is_done = False
         self._session, self._request = session, request
         self._steps = self._run()
         next(self._steps)
 
     def _run(self):
-        """Generator, which is resumed with the arguments of answered(). Returns (response, error)."""
+        """Generator that is resumed with the arguments of answered(). Returns (response, error), both None to postpone."""
         request, session = self._request, self._session
         session.ask(FXP_OPEN, request.target, READ_ONLY, FXP_HANDLE, self.answered)
         kind, _, _ = yield
         if kind == FXP_STATUS:
             response, error = session.outcome(kind, request)
             if not error and response.status == SERVER_ERROR:
-                # There may be a limit that the server does not announce; not if this file alone cannot be opened either
+                # The server may have a limit that it does not announce, unless this is the only open file
                 if session.handles > 1:
                     return None, None
                 session.max_handles = session.announced_handles
@@ -267,20 +275,20 @@ class Download:
         self.handle = bytes(session.last_string(MAX_HANDLE))
         request.begin_body()
         session.ask(FXP_FSTAT, self.handle, b"", FXP_ATTRS, self.answered)
-        # One byte more than there should be: it would come if the file grew
+        # One byte more than the file has, so that growth is noticed
         begin = min(READ if request.size is None else request.size + 1, session.max_read)
         session.unread.append((self, 0, begin))
         kind, offset, asked = yield
-        # Up to where READs have been answered
+        # End of the last range that was answered
         reached = 0
         if asked:
-            # The READ is answered before the FSTAT. If it has failed, the next one tells why.
+            # The READ was answered before the FSTAT. If it failed, the next one fails as well and shows the reason.
             begin = 0 if kind == FXP_STATUS else self._write(offset, asked)
             reached = 0 if kind == FXP_STATUS else asked
             kind, _, _ = yield
         response, error = session.outcome(kind, request)
         if kind == FXP_STATUS and request.size is not None:
-            # The size as in the answer to STAT
+            # FSTAT failed: use the size that STAT has reported
             response = Response(200, {}, request.size)
         if error or response.status != 200:
             return response, error
@@ -291,30 +299,30 @@ class Download:
                 return session.outcome(kind, request)
             reached = max(reached, offset + asked)
             if kind == FXP_STATUS:
-                # The end is where it was
+                # End of file where it is expected
                 continue
             got = self._write(offset, asked)
-            # The rest of a short answer. The first READ may have asked for more than there is.
+            # Request the rest if the answer was short. The first READ may have extended beyond the end of the file.
             session.unread.append((self, offset + got, min(offset + asked, response.length)))
         if request.received > response.length:
-            return None, ProtocolError("%s: grows while it is read" % redact(request.url))
+            return None, ProtocolError("%s: the file grows while it is read" % redact(request.url))
         return response, None
 
     def _write(self, offset, asked):
-        """Write the answer to a READ. Returns how many bytes it has."""
+        """Write the answer to a READ of asked bytes. Returns its number of bytes."""
         data = self._session.last_string(asked)
         size = len(data)
         while data:
             data = data[os.pwrite(self._request.fd, data, offset + size - len(data)):]
-        # The ranges of READs are disjoint, so that their sum tells whether the file is complete
+        # The ranges of READs are disjoint, so that the sum shows whether the file is complete
         self._request.received += size
         return size
 
     def answered(self, kind, offset=None, asked=0):
-        """The answer to OPEN, to FSTAT, or to the READ of that many bytes at offset"""
+        """Handle the answer to OPEN, to FSTAT, or to the READ of asked bytes at offset"""
         session, request = self._session, self._request
         session.reading -= asked
-        if self.is_over:
+        if self.is_done:
             return
         response = error = None
         try:
@@ -325,8 +333,8 @@ class Download:
             response, error = e.value
         except (DestinationError, OSError) as e:
             error = e if isinstance(e, DestinationError) else unwritable(e)
-        # Nothing is written from now on: the descriptor may be closed, or be that of another file
-        self.is_over = True
+        # From now on the descriptor may be closed, or belong to another file
+        self.is_done = True
         if response or error or request.cancelled:
             session.finish(request, response, error)
         else:

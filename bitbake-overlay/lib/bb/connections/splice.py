@@ -5,14 +5,14 @@
 #
 
 """
-Moves data from a socket to a file inside the kernel, by splice(2).
+Move data from a socket to a file inside the kernel, by splice(2).
 
-Used by http.py for long bodies without TLS, in the thread of the event loop: that takes half of the CPU time of reading
-and writing. The transport does not read meanwhile.
+Used by http.py in the event loop's thread for long bodies without TLS, with half of the CPU time of reading and writing.
+The transport's reading is paused meanwhile.
 
     with Splice(loop, transport, fd, offset, left, moved) as splice:
         while splice.left:
-            ...         # moved() is called when there is something new
+            ...         # moved() is called when data has been moved, or after an error
 """
 
 import contextlib
@@ -23,22 +23,23 @@ import os
 from bb.connections import DestinationError, ProtocolError
 from bb.connections.request import unwritable
 
-# Bytes of the pipe in between, if the system allows that
+# Bytes of the pipe between socket and file: the default of /proc/sys/fs/pipe-max-size
 PIPE = 1024 * 1024
+# fcntl.F_SETPIPE_SZ, which Python has since 3.10
 F_SETPIPE_SZ = 1031
 
-# os.splice() is of Python 3.10. Cleared if the kernel does not support it for a file, as with O_APPEND.
+# os.splice() exists since Python 3.10. Cleared if the kernel does not support it for a file, for example with O_APPEND.
 is_supported = hasattr(os, "splice")
 
-# Descriptors in use that the event loop does not watch: a forked child has to close them
+# Descriptors in use, which a forked child has to close
 descriptors = set()
 
 
 class Splice:
     """
-    left    how many bytes are still to come
-    offset  where in the file fd they go
-    error   OSError, ProtocolError or DestinationError that has ended it, or None
+    left    number of bytes still to be moved
+    offset  their offset in the file fd
+    error   the OSError, ProtocolError or DestinationError that has ended it, or None
     """
 
     def __init__(self, loop, transport, fd, offset, left, moved):
@@ -53,14 +54,14 @@ class Splice:
     def __enter__(self):
         sock = self._transport.get_extra_info("socket").fileno()
         with contextlib.ExitStack() as stack:
-            # The loop does not allow watching the transport's own descriptor
+            # add_reader() refuses the transport's own descriptor
             self._sock = os.dup(sock)
             stack.callback(os.close, self._sock)
             self._pipe = os.pipe2(os.O_CLOEXEC)
             for fd in self._pipe:
                 stack.callback(os.close, fd)
             with contextlib.suppress(OSError):
-                # More than /proc/sys/fs/pipe-user-pages-soft allows
+                # Refused beyond /proc/sys/fs/pipe-user-pages-soft: the pipe is smaller then
                 fcntl.fcntl(self._pipe[1], F_SETPIPE_SZ, PIPE)
             used = {sock, self._sock, *self._pipe}
             descriptors.update(used)

@@ -5,17 +5,18 @@
 #
 
 """
-The shared connections (bb.connections) for fetchers.
+The fetchers' side of the shared connections (bb.connections).
 
-They belong to the BitBake server. Setscene tasks use them, and the server
-itself while it finds out which sstate objects exist; both find its socket in
-the datastore. In all other cases, and whenever they fail, the answer is None,
-which means: fetch in the usual way. A mirror that refuses, cannot be reached or
-is silent is no such failure: it would not be better served by a connection of
-the task's own, and the file counts as absent.
+try_mirror_url() calls this module for each file from a mirror, and falls back to
+the fetcher's own method. The connections belong to the BitBake server; setscene
+tasks, and fetchers in the server itself, find the address of its socket in the
+datastore. A file whose mirror refuses requests, is unreachable or does not
+answer counts as missing: the fetcher would only add to the mirror's load.
 
-    found = shared.checkstatus(ud, d)               # True, False or None
-    path = shared.download(ud, d, localpath)        # of a complete file, or None
+    found = shared.checkstatus(ud, d)       # True, False, or None: use the fetcher's method
+    done = shared.download(ud, d)           # False: use the fetcher's method
+
+Each thread has a Client of its own.
 """
 
 import contextlib
@@ -30,76 +31,90 @@ import bb
 from bb.connections import ConnectionCacheError
 from bb.connections.client import Answer, Client, ServerError
 from bb.connections.request import ABSENT, ENVIRONMENT, HTTP_ENVIRONMENT, MISSING, basic_auth, redact
-from bb.networksettings import ADDRESS, STRANGE
+from bb.networksettings import ADDRESS
 
 logger = logging.getLogger("BitBake.Fetcher")
 
-# How files compressed by zstd, or pzstd, begin (RFC 8878 3.1.1 and 3.1.2)
+# Magic number of a zstd frame (RFC 8878 3.1.1)
 ZSTD_FRAME = 0xfd2fb528
+# Magic number of a skippable frame, except its last four bits (RFC 8878 3.1.2); pzstd writes such a frame first
 ZSTD_SKIPPABLE_FRAME = 0x184d2a50
-# Characters of a variable that is not for ssh
+# Length in characters from which an exported variable is not passed to ssh, since all of them have to fit into a message
 LONG_VALUE = 1000
-# As a gateway says it (RFC 9110 15.6.5)
+# Status for a mirror that gives no answer, as a gateway reports it (RFC 9110 15.6.5)
 NO_ANSWER = 504
 
-# The client of each thread
+# (Client, process ID) of each thread
 _clients = threading.local()
 
 
-def checkstatus(ud, d, verify=True):
+def checkstatus(ud, d):
     """
-    Whether the file of ud exists: True, False, or None if that cannot be found
-    out here. Blocks as long as the mirror takes.
+    Return whether the file of ud exists on its mirror, or None if the shared
+    connections cannot determine that. Blocks until the mirror has answered.
     """
     if not _usable(ud, d):
         return None
-    answer = _ask("HEAD", ud, d, verify)
+    answer = _send("HEAD", ud, d)
     if answer is None:
-        # Don't ask the mirror again if the build is about to end
+        # Don't let the fetcher query the mirror if the build is about to end
         return False if bb.event._should_exit.is_set() else None
     if answer.status == 200:
         return True
     return False if answer.status in MISSING or answer.status >= 500 else None
 
-def download(ud, d, localpath, verify=True):
+def download(ud, d):
     """
-    Fetch the file of ud into a new file next to localpath and return its path;
-    the caller renames it. Returns None, and leaves no file, if that is not
-    possible here; raises FetchError if the mirror has no such file. Blocks as
-    long as the mirror takes.
+    Fetch the file of ud to ud.localpath, for which the caller holds the lock.
+    Returns False, and leaves no file, if the shared connections cannot fetch
+    it. Raises FetchError if the mirror does not have the file or gives no
+    answer. Blocks until the mirror has answered. Does not verify checksums.
     """
     if not _usable(ud, d):
-        return None
+        return False
     bb.fetch2.check_network_access(d, "shared connections", ud.url)
-    # Not the name that wget --continue resumes. The fetcher holds its lock for localpath, so an existing file was left
-    # by a task that has been killed.
-    path = localpath + ".new"
-    answer = None
-    complete = strange = False
+    # Not .tmp, which wget --continue would resume. Because of the lock, an existing file was left by a killed task.
+    path = ud.localpath + ".new"
     try:
-        _remove(path)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            answer = _ask("GET", ud, d, verify, fd)
-            written = answer is not None and answer.status == 200 and is_complete(path, fd, answer.size, answer.modified)
-            strange = written and not is_of_its_kind(localpath, fd)
-        finally:
-            os.close(fd)
-        complete = written and not strange
+        answer = _download_to(path, ud, d)
+        if answer is None:
+            return False
+        if answer.status != 200:
+            raise bb.fetch2.FetchError("No such file on the server, or no answer (status %s)" % answer.status, redact(ud.url))
+        if not os.path.getsize(path):
+            raise bb.fetch2.FetchError("The file is empty", redact(ud.url))
+        if not has_expected_magic(path, ud.localpath):
+            warn_unexpected_content(ud.type, urllib.parse.urlsplit(ud.url).hostname)
+            raise bb.fetch2.FetchError("The content is not that of an sstate object", redact(ud.url))
+        os.rename(path, ud.localpath)
+        # May exist after an earlier download by wget
+        _remove(ud.localpath + ".tmp")
+        return True
     except OSError as e:
         logger.debug("%s: not over shared connections: %s", redact(ud.url), e)
+        return False
     finally:
-        if not complete:
-            _remove(path)
-    if answer is not None and (answer.status in ABSENT or answer.status >= 500):
-        raise bb.fetch2.FetchError("No such file on the server, or no answer (status %s)" % answer.status, redact(ud.url))
-    if strange:
-        bb.warnonce(STRANGE % (ud.type, urllib.parse.urlsplit(ud.url).hostname))
-        raise bb.fetch2.FetchError("Not a file of this kind", redact(ud.url))
-    return path if complete else None
+        _remove(path)
+
+def _download_to(path, ud, d):
+    """
+    Fetch the file of ud to the new file path. Returns the Answer if the file is complete, missing or the mirror gives no
+    answer, None in all other cases. Raises OSError.
+    """
+    bb.utils.mkdirhier(os.path.dirname(path))
+    _remove(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        answer = _send("GET", ud, d, fd)
+        if answer is not None and answer.status == 200:
+            return answer if is_complete(path, fd, answer.size, answer.modified) else None
+        return answer if answer is not None and (answer.status in ABSENT or answer.status >= 500) else None
+    finally:
+        # NFS reports here that the disk is full
+        os.close(fd)
 
 def is_final(kind):
-    """Whether an error of that kind is the mirror's, so that the fetcher need not be asked as well"""
+    """Return whether an error of that kind is the mirror's, so that the fetcher would not get a better answer"""
     return kind in ("connect", "refused", "timeout")
 
 def _remove(path):
@@ -107,7 +122,7 @@ def _remove(path):
         os.unlink(path)
 
 def is_complete(path, fd, size, modified):
-    """Whether path is still the file that was written, with all of its size bytes. Sets its time as wget does."""
+    """Return whether path still is the file at fd, with size bytes. Sets its modification time as wget does."""
     written, named = os.fstat(fd), os.stat(path)
     if (written.st_dev, written.st_ino) != (named.st_dev, named.st_ino) or written.st_size != size:
         return False
@@ -115,58 +130,58 @@ def is_complete(path, fd, size, modified):
         os.utime(fd, (modified, modified))
     return True
 
-def is_of_its_kind(name, fd):
-    """Whether the file fd begins as one of that name has to: a server may answer everything with a page in HTML"""
+def has_expected_magic(path, name):
+    """Return whether a file begins as its name demands: some servers answer every request with an HTML page"""
     if not name.endswith((".zst", ".zst.siginfo")):
         return True
-    magic = int.from_bytes(os.pread(fd, 4, 0), "little")
+    with open(path, "rb") as f:
+        magic = int.from_bytes(f.read(4), "little")
     return magic == ZSTD_FRAME or magic & ~0xf == ZSTD_SKIPPABLE_FRAME
+
+def warn_unexpected_content(scheme, host):
+    bb.warnonce("Sstate mirror %s://%s has returned something else than sstate objects, ignoring it" % (scheme, host))
 
 def _usable(ud, d):
     if not d.getVar(ADDRESS) or not supports(ud, d):
         return False
-    # The server's own datastore has the address only while it asks which objects exist
+    # In the server, the datastore has the address only while the runqueue of a build exists
     return not bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")) or (d.getVar("BB_CURRENTTASK") or "").endswith("_setscene")
 
 def supports(ud, d):
-    """Whether the user wants ud to be fetched in a way that shared connections support"""
+    """Return whether the user's settings allow fetching ud over shared connections"""
     if not bb.utils.to_boolean(d.getVar("BB_CONNECTION_CACHE"), True):
         return False
     if ud.type in ("http", "https"):
         return not d.getVar("FETCHCMD_wget") and "redirectauth" not in ud.parm
-    # ssh does not ask for a password
+    # A password cannot be passed to ssh
     return ud.type == "sftp" and not d.getVar("FETCHCMD_sftp") and not ud.pswd
 
 def environment(scheme, d):
-    """The variables of the fetcher which select the way to a host, and HOME for ~/.netrc; for ssh all that a task has"""
+    """Return the variables that select the route to a host, and HOME for ~/.netrc; for ssh all exported variables"""
     if scheme != "sftp":
         return bb.fetch2.get_fetcher_environment(d, HTTP_ENVIRONMENT + ("HOME",))
     exported = os.environ if bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")) else dict(bb.data.exported_vars(d))
-    # All of them have to fit into a message
     exported = {name: value for name, value in exported.items() if len(value) < LONG_VALUE}
     return {**exported, **bb.fetch2.get_fetcher_environment(d), **bb.fetch2.get_fetcher_environment(d, ENVIRONMENT)}
 
-def describe_mirror(ud, environ, verify):
-    """
-    The members of a Request that are the same for all files of a host and user. environ is that of environment().
-    """
+def describe_mirror(ud, d):
+    """Return the arguments of a Request that are the same for all files of a host and user"""
+    environ = environment(ud.type, d)
     if ud.type == "sftp":
         return {"environment": environ}
-    home = environ.get("HOME", "")
-    environ = {name: value for name, value in environ.items() if name != "HOME"}
-    return {"environment": environ, "verify": verify, "authorization": _authorization(ud, home)}
+    home = environ.pop("HOME", "")
+    return {"environment": environ, "verify": ud.method.check_certs(d), "authorization": _authorization(ud, home)}
 
 def request_url(ud):
     return ud.url.partition(";")[0]
 
-def _ask(method, ud, d, verify, fd=None):
-    """Returns an Answer, with the status NO_ANSWER if the mirror does not answer, or None if there is a failure here"""
-    message = dict(describe_mirror(ud, environment(ud.type, d), verify), method=method, url=request_url(ud))
+def _send(method, ud, d, fd=None):
+    """Return an Answer, with status NO_ANSWER if the mirror gives none, or None if the shared connections cannot be used"""
+    message = dict(describe_mirror(ud, d), method=method, url=request_url(ud))
     try:
         return _client(d.getVar(ADDRESS)).ask(message, fd, bb.event._should_exit.is_set)
     except ServerError as e:
         logger.debug("%s", e)
-        # All tasks may find that out, the user needs to know once
         bb.warnonce("Cannot use the BitBake server's shared connections, fetching directly instead")
     except ConnectionCacheError as e:
         logger.debug("%s: %s", redact(ud.url), e)
@@ -186,9 +201,9 @@ def _client(address):
     return client
 
 def _authorization(ud, home):
-    """Value for Authorization from the URL, or else ~/.netrc, or None"""
+    """Return the value of the Authorization header from the URL or else ~/.netrc, or None"""
     if ud.user and ud.pswd:
-        # The fetcher leaves them as they are in the URL; those in a parameter are not quoted
+        # The fetcher does not unquote them; they are quoted in the URL, but not in a parameter
         return basic_auth(*(value if ud.parm.get(name) == value else urllib.parse.unquote(value)
                             for name, value in (("user", ud.user), ("pswd", ud.pswd))))
     if not home:

@@ -26,18 +26,18 @@ from bb.connections.request import Request
 from bb.connections.server import ConnectionServer
 from bb.connections import protocol
 from bb.connections.client import Client, ServerError
-from bb.networksettings import settings
+from bb.networksettings import ADDRESS, settings
 from bb.sharedconnections import SharedConnections
 from bb.fetch2 import shared
 
-# Limits a test that fails
+# Seconds after which a test that waits fails
 SECONDS = 30
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """
-    /<n> is a file of n bytes, /status/<n> an answer with that status. While the server has answers (bytes), these are
-    sent instead, and the connection is closed after each.
+    /<n> is a file of n bytes, /status/<n> an answer with that status. As long as the server has answers (bytes), those
+    are sent instead, and the connection is closed after each.
     """
     protocol_version = "HTTP/1.1"
     timeout = SECONDS
@@ -55,7 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
             self.send_header("Last-Modified", "Thu, 01 Jan 2015 00:00:00 GMT")
-            body = content(int(self.path.rpartition("/")[2]))
+            body = content(int(self.path.rpartition("/")[2].partition(".")[0]))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
@@ -67,7 +67,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """An HTTP/1.1 server that counts. It answers while gate is set."""
+    """An HTTP/1.1 server that counts connections and requests. It answers while gate is set."""
     daemon_threads = True
     request_queue_size = 64
 
@@ -99,12 +99,12 @@ def content(size):
     return (b"sstate object %d " % size * (size // 14 + 1))[:size]
 
 def own_threads():
-    """Names of the threads of what is tested here"""
+    """Returns the names of the connection server's threads"""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("connection ")]
 
 
 class ConnectionsTest(unittest.TestCase):
-    """Sends requests to a ConnectionServer, and delivers the answers in this thread"""
+    """Base class: submits requests to a ConnectionServer, and delivers the answers in the test's thread"""
 
     def setUp(self):
         self.d = bb.data.init()
@@ -121,7 +121,7 @@ class ConnectionsTest(unittest.TestCase):
         self.messages = messages = []
         self.server = server = ConnectionServer(log=messages.append, **options)
         server.start()
-        # An exception, for example
+        # A message is an exception, for example
         self.addCleanup(self.assertEqual, messages, [])
         self.addCleanup(lambda: self.assertTrue(server.stop()))
 
@@ -147,12 +147,11 @@ class ConnectionsTest(unittest.TestCase):
             self.server.deliver(0.05)
 
     def wait(self, requests):
-        """Returns status and size, or an error, for each of the requests"""
+        """Returns (status, size), or an error, for each request"""
         self.until(lambda: self.outcomes.keys() >= set(requests))
         return [self.outcomes[request] for request in requests]
 
     def ask(self, *requests):
-        """Submit requests at once"""
         self.server.submit(requests, self.answered)
         return self.wait(requests)
 
@@ -184,7 +183,7 @@ class HTTPTest(ConnectionsTest):
 
     def test_faults(self):
         mirror = self.mirror()
-        # Else what does not speak HTTP is given up sooner
+        # Without a valid answer, a server that does not speak HTTP is abandoned sooner
         self.heads(mirror.url, [6])
         for fault in (answer("200 OK; Content-Length: 10", b"hello"), answer("200 OK; Content-Length: -5", b"hello"),
                       answer("200 OK; Content-Length: 5; Content-Length: 6", b"hello"),
@@ -220,14 +219,14 @@ class HTTPTest(ConnectionsTest):
 
 
 class PoolTest(ConnectionsTest):
-    """What is asked, in which order and over how many connections"""
+    """Which requests are sent, in which order and over how many connections"""
 
     def test_connections_are_limited(self):
         self.start_server()
         mirror = self.mirror()
         self.assertEqual(self.heads(mirror.url, range(1000)), [(200, n) for n in range(1000)])
         self.assertLessEqual(mirror.connections, 4)
-        # One is asked for twice, to find out whether pipelining works
+        # One is sent twice, as the probe of the trial of pipelining
         self.assertEqual(len(mirror.requests), 1001)
         self.assertEqual(self.count("connections"), mirror.connections)
         self.assertEqual(self.count("requests"), 1001)
@@ -238,7 +237,7 @@ class PoolTest(ConnectionsTest):
         self.assertEqual(self.heads(self.mirror(*answers).url, range(20)), [(200, n) for n in range(20)])
         self.assertEqual(self.count("retries"), 0)
 
-    def test_nothing_is_asked_twice(self):
+    def test_answers_are_cached(self):
         self.start_server()
         mirror = self.mirror()
         for _ in range(2):
@@ -257,10 +256,10 @@ class PoolTest(ConnectionsTest):
         self.server.submit(requests[:6], self.answered)
         self.server.submit(requests[6:], self.answered, first=True)
         self.until(lambda: mirror.requests)
-        self.server.hurry([requests[4], requests[2]])
+        self.server.prioritise([requests[4], requests[2]])
         mirror.gate.set()
         self.wait(requests)
-        # Without what is sent twice, to find out whether pipelining works. The first one may have been sent before.
+        # Ignore the probe of the trial of pipelining. The first request may have been sent before the others.
         order = list(dict.fromkeys(path for _, path, _ in mirror.requests))
         order.remove("/0")
         self.assertEqual(order, ["/6", "/7", "/4", "/2", "/1", "/3", "/5"])
@@ -305,7 +304,7 @@ class ServerTest(ConnectionsTest):
                 self.assertIn("protocol error from a peer: ", self.messages.pop())
 
     def test_disk_that_is_full_on_close(self):
-        """That is how NFS reports it. It concerns this file only."""
+        """As reported by NFS. Only this file is affected."""
         mirror = self.mirror()
         full, good = self.open("full"), self.open("good")
         close = os.close
@@ -341,7 +340,7 @@ class ServerTest(ConnectionsTest):
         self.assertIsInstance(self.heads(mirror.url, [11])[0], Cancelled)
 
     def test_forked_child(self):
-        """It has no descriptor of the server's, and does not disturb it"""
+        """It inherits no descriptors, and the server continues to work"""
         def descriptors():
             names = os.listdir("/proc/self/fd")
             return {os.readlink("/proc/self/fd/" + name) for name in names if os.path.lexists("/proc/self/fd/" + name)}
@@ -354,7 +353,7 @@ class ServerTest(ConnectionsTest):
         self.exchange(sock, {"id": 1, "method": "HEAD", "url": mirror.url + "/5"})
         pid = os.fork()
         if pid == 0:
-            # The mirror's socket, the test's, and the folder that is listed
+            # Besides the mirror's socket, that of the test and the directory that is listed
             left = descriptors() - before - {os.readlink("/proc/self/fd/%s" % sock.fileno())}
             os._exit(0 if len([link for link in left if not link.startswith("/")]) == 1 else 1)
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
@@ -386,7 +385,7 @@ class ClientTest(ConnectionsTest):
             self.assertNotIsInstance(raised.exception, ServerError)
         self.assertEqual(self.client.ask({"method": "HEAD", "url": mirror.url + "/6"}).status, 200)
 
-    def test_server_has_gone(self):
+    def test_stopped_server(self):
         message = {"method": "HEAD", "url": self.mirror().url + "/6"}
         self.client.ask(message)
         self.server.stop()
@@ -431,10 +430,10 @@ class SharedConnectionsTest(ConnectionsTest):
 
     def test_address(self):
         self.connections.start()
-        self.assertEqual(self.cooker.extraconfigdata, {shared.ADDRESS: self.connections.server.address})
-        self.assertEqual(self.d.getVar(shared.ADDRESS), self.connections.server.address)
+        self.assertEqual(self.cooker.extraconfigdata, {ADDRESS: self.connections.server.address})
+        self.assertEqual(self.d.getVar(ADDRESS), self.connections.server.address)
         self.connections.stop()
-        self.assertEqual((self.cooker.extraconfigdata, self.d.getVar(shared.ADDRESS)), ({}, None))
+        self.assertEqual((self.cooker.extraconfigdata, self.d.getVar(ADDRESS)), ({}, None))
         self.assertEqual(own_threads(), [])
 
     def test_off(self):
@@ -463,33 +462,38 @@ class SharedConnectionsTest(ConnectionsTest):
 
 
 class FetchTest(ConnectionsTest):
-    """The fetchers, with the datastore of a setscene task, and a function in place of wget"""
+    """The fetchers with the datastore of a setscene task, and with a function in place of wget"""
 
     def setUp(self):
         super().setUp()
         self.start_server()
-        self.d.setVar("DL_DIR", os.path.join(self.tempdir, "downloads"))
+        for name in ("DL_DIR", "FILESPATH"):
+            self.d.setVar(name, os.path.join(self.tempdir, "downloads"))
         self.d.setVar("BB_WORKERCONTEXT", "1")
         self.d.setVar("BB_CURRENTTASK", "populate_sysroot_setscene")
-        self.d.setVar(shared.ADDRESS, self.server.address)
+        self.d.setVar(ADDRESS, self.server.address)
         patch = unittest.mock.patch("bb.fetch2.wget.runfetchcmd", side_effect=self.runfetchcmd)
         self.wget = patch.start()
         self.addCleanup(patch.stop)
 
     def runfetchcmd(self, command, d, quiet, **kwargs):
-        """In place of wget, which would continue what is there"""
+        """Replaces wget, which would resume a partial download"""
         path, = [arg.partition("=")[2] for arg in command if arg.startswith("--output-document=")]
-        self.assertEqual(self.left(), ["5.lock"])
+        self.assertEqual(self.files(), ["5.lock"])
         with open(path, "wb") as f:
             f.write(content(5))
 
-    def left(self):
+    def files(self):
         return sorted(os.listdir(self.d.getVar("DL_DIR")))
 
     def fetch(self, url):
-        fetcher = bb.fetch2.Fetch([url], self.d, cache=False)
+        """Fetch a file of the same name from the mirror that url names"""
+        self.d.setVar("PREMIRRORS", "file://.* " + url)
+        name = url.rpartition("/")[2]
+        local = "file://%s;downloadfilename=%s" % (name, name)
+        fetcher = bb.fetch2.Fetch([local], self.d, cache=False)
         fetcher.download()
-        with open(fetcher.localpath(url), "rb") as f:
+        with open(fetcher.localpath(local), "rb") as f:
             return f.read()
 
     def found(self, url, d=None):
@@ -504,7 +508,7 @@ class FetchTest(ConnectionsTest):
 
     def test_not_used(self):
         mirror = self.mirror()
-        for name, value in (("BB_CURRENTTASK", "fetch"), ("BB_CONNECTION_CACHE", "0"), (shared.ADDRESS, None),
+        for name, value in (("BB_CURRENTTASK", "fetch"), ("BB_CONNECTION_CACHE", "0"), (ADDRESS, None),
                             ("FETCHCMD_wget", "wget --tries=5")):
             with self.subTest(name=name):
                 d = self.d.createCopy()
@@ -519,41 +523,41 @@ class FetchTest(ConnectionsTest):
             f.write(b"\0" * 70000)
         self.assertEqual(self.fetch(mirror.url + "/70000"), content(70000))
         self.wget.assert_not_called()
-        self.assertEqual(self.left(), ["70000", "70000.done"])
+        self.assertEqual(self.files(), ["70000"])
         self.assertEqual(os.stat(os.path.join(self.d.getVar("DL_DIR"), "70000")).st_mtime, 1420070400)
 
     def test_download_of_an_absent_file(self):
         with self.assertRaises(bb.fetch2.FetchError):
             self.fetch(self.mirror().url + "/status/404")
         self.wget.assert_not_called()
-        self.assertEqual(self.left(), [])
+        self.assertEqual(self.files(), [])
 
     def test_host_that_refuses(self):
-        """It would not be better served by a connection of the task's own"""
+        """The task does not open a connection of its own"""
         mirror = self.mirror(answer("503 Busy; Retry-After: 3600; Content-Length: 0"))
         with self.assertRaises(bb.fetch2.FetchError):
             self.fetch(mirror.url + "/5")
         self.assertIs(self.found(mirror.url + "/6"), False)
         self.wget.assert_not_called()
-        self.assertEqual((mirror.connections, len(mirror.requests), self.left()), (1, 1, []))
+        self.assertEqual((mirror.connections, len(mirror.requests), self.files()), (1, 1, []))
 
     def test_page_in_place_of_an_object(self):
         mirror = self.mirror()
         with unittest.mock.patch.object(bb, "warnonce") as warn, self.assertRaises(bb.fetch2.FetchError):
-            self.fetch(mirror.url + "/5;downloadfilename=x.tar.zst")
+            self.fetch(mirror.url + "/5.tar.zst")
         warn.assert_called_once()
         self.wget.assert_not_called()
-        self.assertEqual(self.left(), [])
+        self.assertEqual(self.files(), [])
         mirror.answers = [answer("200 OK; Content-Length: 5", b"\x28\xb5\x2f\xfd.")]
-        self.assertEqual(len(self.fetch(mirror.url + "/5;downloadfilename=x.tar.zst")), 5)
+        self.assertEqual(len(self.fetch(mirror.url + "/5.tar.zst")), 5)
 
-    def test_half_a_file_is_not_continued(self):
+    def test_partial_download_is_not_resumed(self):
         mirror = self.mirror(*[answer("200 OK; Content-Length: 100", b"x" * 50)] * 4)
         self.assertEqual(self.fetch(mirror.url + "/5"), content(5))
         self.wget.assert_called_once()
-        self.assertEqual(self.left(), ["5", "5.done"])
+        self.assertEqual(self.files(), ["5"])
 
-    def test_server_has_gone(self):
+    def test_stopped_server(self):
         mirror = self.mirror()
         self.server.stop()
         with unittest.mock.patch.object(bb, "warnonce") as warn:

@@ -13,50 +13,43 @@ import unittest
 import unittest.mock
 
 import bb
+import bb.build
 import bb.data
 import bb.networkslots
 import bb.parse
 import bb.runqueue
 import bb.ui.uihelper
-from bb.networkslots import NetworkSlots, limit_from, network_tasks
+from bb.networkslots import NetworkSlots, network_tasks
 from bb.presence import Presence
 
 
 class Slots(NetworkSlots):
-    """With a limit and the tasks of a test"""
     def __init__(self, limit, tasks=(), setscene=(), rqdata=None):
-        d = bb.data.init()
-        d.setVar("BB_NUMBER_NETWORK_THREADS", limit)
         super().__init__(Presence(rqdata, None))
-        self.limit = limit_from(d)
+        self.limit = limit
         self._tasks.update(tasks)
         self._setscene.update(setscene)
 
 
 class LimitTest(unittest.TestCase):
-    def test_values(self):
-        for value, limit in ((None, None), ("", None), (" ", None), ("1", 1), (" 4 ", 4), ("1000", 1000)):
-            with self.subTest(value=value):
-                d = bb.data.init()
-                if value is not None:
-                    d.setVar("BB_NUMBER_NETWORK_THREADS", value)
-                self.assertEqual(limit_from(d), limit)
-
-    def test_invalid(self):
-        for value in ("0", "-1", "four", "1.5", "1_0", "0x4", "\u0664"):
-            with self.subTest(value=value):
-                d = bb.data.init()
-                d.setVar("BB_NUMBER_NETWORK_THREADS", value)
-                with self.assertRaisesRegex(ValueError, '^Invalid value "%s" for BB_NUMBER_NETWORK_THREADS, must be a positive integer$' % value):
-                    limit_from(d)
-                with self.assertRaises(bb.BBHandledException), self.assertLogs("BitBake", "ERROR") as logs:
-                    NetworkSlots(None).prepare(d, None)
-                self.assertEqual(len(logs.output), 1)
+    def test_limit(self):
+        d = bb.data.init()
+        slots = NetworkSlots(None)
+        slots.prepare(d, None)
+        self.assertIsNone(slots.limit)
+        d.setVar("BB_NUMBER_NETWORK_THREADS", "4")
+        slots.prepare(d, types.SimpleNamespace(runtaskentries={}))
+        self.assertEqual(slots.limit, 4)
+        d.setVar("BB_NUMBER_NETWORK_THREADS", "0")
+        with self.assertRaises(bb.BBHandledException), self.assertLogs("BitBake", "ERROR") as logs:
+            slots.prepare(d, None)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn('Invalid value "0" for BB_NUMBER_NETWORK_THREADS, must be a positive integer', logs.output[0])
 
 
 class TasksTest(unittest.TestCase):
     def rqdata(self, flags, mc=""):
-        """What network_tasks() looks at, for one recipe with tasks {name: value of the flag, or None}"""
+        """Return the data that network_tasks() uses, for one recipe with tasks {name: value of the flag, or None}"""
         prefix = "mc:%s:" % mc if mc else ""
         tids = [prefix + "/r.bb:" + name for name in flags]
         deps = {prefix + "/r.bb": {"network": {name: value for name, value in flags.items() if value is not None}}}
@@ -65,7 +58,7 @@ class TasksTest(unittest.TestCase):
             taskData={mc: types.SimpleNamespace(taskentries=dict.fromkeys(tids))},
             dataCaches={mc: types.SimpleNamespace(task_deps=deps)})
 
-    def test_who_needs_a_slot(self):
+    def test_tasks_that_need_a_slot(self):
         flags = {"do_fetch": "1", "do_checkuri": "yes", "do_unpack": None, "do_patch": "0", "do_broken": "maybe",
                  # The normal task has the flag in openembedded-core as well
                  "do_package": "1", "do_package_setscene": "1",
@@ -92,7 +85,7 @@ class TasksTest(unittest.TestCase):
 
 class SlotsTest(unittest.TestCase):
     def test_shared(self):
-        slots = Slots("2", tasks=["a:do_fetch", "mc:x:b:do_fetch"], setscene=["c:do_package"])
+        slots = Slots(2, tasks=["a:do_fetch", "mc:x:b:do_fetch"], setscene=["c:do_package"])
         self.assertTrue(slots.acquire("a:do_fetch"))
         self.assertTrue(slots.acquire_setscene("c:do_package"))
         self.assertTrue(slots.acquire_setscene("c:do_package"))
@@ -109,29 +102,10 @@ class SlotsTest(unittest.TestCase):
         self.assertFalse(slots.acquire("a:do_fetch"))
         self.assertEqual((slots.used, slots.peak), (2, 2))
 
-    def test_twins(self):
-        # Two multiconfigs that share a stamp, and one that doesn't: who waits only for the other does so no more
-        fns = ["/r.bb", "mc:x:/r.bb", "mc:y:/r.bb"]
-        deps = {fn: {"network": {"do_fetch": "1"}} for fn in fns}
-        rqdata = types.SimpleNamespace(
-            runtaskentries=dict.fromkeys(fn + ":do_fetch" for fn in fns),
-            taskData={mc: types.SimpleNamespace(taskentries=()) for mc in ("", "x", "y")},
-            dataCaches={mc: types.SimpleNamespace(task_deps={fn: deps[fn]}) for mc, fn in zip(("", "x", "y"), fns)})
-        stampfile = lambda taskname, taskfn, extrainfo: ("y" if "mc:y" in taskfn else "") + taskname
-        slots = Slots("1", tasks=["a:do_fetch"])
-        with unittest.mock.patch.object(bb.parse, "siggen", types.SimpleNamespace(stampfile_mcfn=stampfile), create=True):
-            slots.find_tasks(rqdata)
-        tids = list(rqdata.runtaskentries)
-        self.assertTrue(slots.acquire(tids[0]))
-        self.assertFalse(slots.acquire(tids[1]) or slots.acquire(tids[2]))
-        slots.release(tids[0])
-        self.assertTrue(slots.acquire("a:do_fetch"))
-        self.assertEqual(slots.waiting(), {tids[2]})
-
     def test_local(self):
         tids = ["a:do_package", "b:do_package"]
         rqdata = types.SimpleNamespace(runtaskentries={tid: types.SimpleNamespace(unihash="1") for tid in tids})
-        slots = Slots("1", setscene=tids, rqdata=rqdata)
+        slots = Slots(1, setscene=tids, rqdata=rqdata)
         presence = slots._presence
         presence.local(tids[:1])
         self.assertTrue(slots.acquire_setscene(tids[0]))
@@ -150,73 +124,29 @@ class SlotsTest(unittest.TestCase):
 
     def test_remove_waiting(self):
         tasks = ["a:do_fetch", "b:do_fetch", "c:do_fetch"]
-        slots = Slots("1", tasks=tasks)
-        asked = []
+        slots = Slots(1, tasks=tasks)
+        examined = []
         def runs(tid):
-            asked.append(tid)
+            examined.append(tid)
             return tid != "c:do_fetch"
         def left():
             buildable = set(tasks[1:]) | {"a:do_unpack"}
             slots.remove_waiting(buildable, runs)
             return buildable
         self.assertEqual(left(), {"b:do_fetch", "c:do_fetch", "a:do_unpack"})
-        self.assertEqual(asked, [])
+        self.assertEqual(examined, [])
         slots.acquire("a:do_fetch")
-        # c is covered, say
+        # c does not run, as if it were covered
         self.assertEqual(left(), {"c:do_fetch", "a:do_unpack"})
         self.assertEqual(left(), {"c:do_fetch", "a:do_unpack"})
-        self.assertEqual(asked.count("b:do_fetch"), 1)
+        self.assertEqual(examined.count("b:do_fetch"), 1)
         self.assertEqual(slots.waiting(), {"b:do_fetch"})
-        slots.reconsider()
-        left()
-        self.assertEqual(asked.count("b:do_fetch"), 2)
         slots.release("a:do_fetch")
         self.assertEqual(slots.waiting(), set())
         self.assertIn("b:do_fetch", left())
 
-    def test_withhold(self):
-        class Scheduler(set):
-            newbuildable = set.add
-            removebuildable = set.discard
-        tasks = ["a:do_fetch", "b:do_fetch", "c:do_fetch", "d:do_fetch"]
-        slots = Slots("1", tasks=tasks)
-        slots.acquire("a:do_fetch")
-        slots.restore(self.fail)
-        buildable = set(tasks[1:]) | {"e:do_unpack"}
-        # It has removed its choice itself. d is covered, say.
-        scheduler = Scheduler(buildable - {"b:do_fetch"})
-        runs = lambda tid: tid != "d:do_fetch"
-        self.assertFalse(slots.acquire("b:do_fetch"))
-        self.assertTrue(slots.withhold(scheduler, "b:do_fetch", buildable, runs))
-        self.assertEqual(scheduler, {"d:do_fetch", "e:do_unpack"})
-        self.assertEqual(slots.withheld, {"b:do_fetch", "c:do_fetch"})
-        slots.restore(scheduler)
-        self.assertEqual(scheduler, {"d:do_fetch", "e:do_unpack"})
-        # It does not care
-        self.assertFalse(slots.withhold(scheduler, "b:do_fetch", buildable, runs))
-        # After a change of hashes they may not have to run any more
-        slots.reconsider()
-        slots.restore(scheduler)
-        self.assertEqual(scheduler, buildable)
-        self.assertEqual(slots.withheld, set())
-        self.assertTrue(slots.withhold(scheduler, "b:do_fetch", buildable, runs))
-        slots.release("a:do_fetch")
-        slots.restore(scheduler)
-        self.assertEqual(scheduler, buildable)
-
-    def test_told_once(self):
-        slots = Slots("1", tasks=["a:do_fetch"], setscene=["b:do_package"])
-        slots.acquire("a:do_fetch")
-        with unittest.mock.patch.object(bb.networkslots.logger, "debug2") as debug2:
-            for _ in range(3):
-                slots.acquire_setscene("b:do_package")
-                slots.reconsider()
-        debug2.assert_called_once()
-        message, *args = debug2.call_args.args
-        self.assertIn("Task b:do_package_setscene waits for a network slot, 1 of 1 are in use", message % tuple(args))
-
     def test_model(self):
-        """Random sequences, compared with what a plain list says"""
+        """Random sequences, compared with a plain list"""
         for seed in range(20):
             with self.subTest(seed=seed):
                 self.run_model(random.Random(seed))
@@ -226,14 +156,14 @@ class SlotsTest(unittest.TestCase):
         normal = ["%s:do_fetch" % n for n in range(12)]
         setscene = ["mc:m%s:%s:do_package" % (n % 3, n) for n in range(12)]
         free = ["%s:do_compile" % n for n in range(6)]
-        slots = Slots(str(limit), normal, setscene)
+        slots = Slots(limit, normal, setscene)
         holders = []
         running = []
         done = set()
         peak = 0
         for _ in range(3000):
             tid = rand.choice(normal + setscene + free)
-            what = rand.choice(("start", "start", "end", "again", "choose", "rehash"))
+            what = rand.choice(("start", "start", "end", "again", "choose", "covered"))
             if what == "start" and tid not in running and tid not in done:
                 as_setscene = tid in setscene and rand.random() < 0.7
                 acquire = slots.acquire_setscene if as_setscene else slots.acquire
@@ -253,11 +183,10 @@ class SlotsTest(unittest.TestCase):
                     holders.remove(tid)
                 slots.release(tid)
             elif what == "again" and tid not in running:
-                # A worker that has died, a task that is reported twice
+                # A task may be reported twice, for example if a worker dies
                 slots.release(tid)
-            elif what == "rehash":
+            elif what == "covered" and not slots.waiting():
                 done = set(rand.sample(normal, rand.randint(0, 4)))
-                slots.reconsider()
             elif what == "choose":
                 buildable = set(rand.sample(normal + free, 8)).difference(running)
                 expected = set(buildable)
@@ -275,7 +204,7 @@ class SlotsTest(unittest.TestCase):
 
 
 class SchedulerTest(unittest.TestCase):
-    """The schedulers' order, among the tasks that can start"""
+    """The order of the schedulers for the tasks that can start"""
 
     def scheduler(self, scheduler, slots, buildable, covered=()):
         entries = {}
@@ -293,7 +222,7 @@ class SchedulerTest(unittest.TestCase):
 
     def order(self, scheduler, full, covered=()):
         tasks = ["r%02d.bb:%s" % (n, name) for n in range(10) for name in ("do_fetch", "do_compile")]
-        slots = Slots("1", tasks=[tid for tid in tasks if tid.endswith("do_fetch")] + ["x.bb:do_fetch"])
+        slots = Slots(1, tasks=[tid for tid in tasks if tid.endswith("do_fetch")] + ["x.bb:do_fetch"])
         sched = self.scheduler(scheduler, slots, tasks, covered)
         if full:
             slots.acquire("x.bb:do_fetch")
@@ -319,14 +248,26 @@ class SchedulerTest(unittest.TestCase):
                                  [tid for tid in everything if tid.endswith("do_compile") or tid in covered])
 
 
+class RecipeTest(unittest.TestCase):
+    def test_flag_is_recorded(self):
+        d = bb.data.init()
+        d.setVar("OFFLINE", "0")
+        for task, flag in (("do_fetch", "1"), ("do_unpack", None), ("do_offline", "${OFFLINE}")):
+            bb.build.addtask(task, None, None, d)
+            if flag:
+                d.setVarFlag(task, "network", flag)
+        bb.build.add_tasks(d.getVar("__BBTASKS", False), d)
+        self.assertEqual(d.getVar("_task_deps", False)["network"], {"do_fetch": "1", "do_offline": "0"})
+
+
 class UIHelperTest(unittest.TestCase):
     def event(self, stats):
-        event = object.__new__(bb.runqueue.runQueueTaskCompleted)
+        event = object.__new__(bb.runqueue.runQueueTaskStarted)
         event.stats = pickle.loads(pickle.dumps(stats.copy()))
         return event
 
     def test_network(self):
-        slots = Slots("2", tasks=["a:do_fetch"])
+        slots = Slots(2, tasks=["a:do_fetch"])
         stats = bb.runqueue.RunQueueStats(1, 0)
         helper = bb.ui.uihelper.BBUIHelper()
         slots.acquire("a:do_fetch")
@@ -337,7 +278,7 @@ class UIHelperTest(unittest.TestCase):
             slots.release("a:do_fetch")
 
     def test_older_event_log(self):
-        # Pickled by a version whose RunQueueStats know nothing of it
+        # Pickled by a version whose RunQueueStats have no such attributes
         stats = bb.runqueue.RunQueueStats(1, 0)
         stats.__dict__.pop("network_used", None)
         stats.__dict__.pop("network_limit", None)

@@ -19,19 +19,19 @@ import bb
 import bb.event
 from bb import prefetch
 from bb.connections import ConnectError, DestinationError
-from bb.connections.request import Response
+from bb.connections.request import Origin, Response
 from bb.prefetch import Prefetch, order
 
 
 class Files:
-    """As those of presence.py, with the mirror left out"""
+    """A stand-in for ObjectFiles"""
 
     def __init__(self, directory, tid, number=0):
         self.directory = directory
         name = "ab/%s-%s" % (tid, number)
         self.names = (name, name + ".siginfo")
         self.needed = 1
-        self.mirror = "mirror.example", "route"
+        self.mirror = Origin("http", "mirror.example", 80, ""), "route"
         self.size = 5
         self.umask = 0o002
 
@@ -41,8 +41,8 @@ class Files:
 
 class Connections:
     """
-    SharedConnections, their server and its pool: what was submitted is in the list asked, answer() answers the oldest, or the
-    one of a name
+    A stand-in for SharedConnections, its server and pool. answer() answers one of the requests in the list requests, the
+    first by default.
     """
 
     def __init__(self, window):
@@ -50,25 +50,23 @@ class Connections:
         self.server = self.pool = self
         self.is_running = True
         self.healthy = True
-        self.gone = set()
-        self.strange = []
-        self.report_strange = self.strange.append
+        self.failed = set()
         self.rejected = []
         self.reject = self.rejected.append
-        self.asked = []
+        self.requests = []
         self.answers = []
         self.awake = False
 
     def submit(self, requests, answered, first=False):
         for request in requests:
             request.context = answered
-        self.asked = requests + self.asked if first else self.asked + requests
+        self.requests = requests + self.requests if first else self.requests + requests
 
-    def hurry(self, requests):
-        self.asked.sort(key=lambda request: request not in requests)
+    def prioritise(self, requests):
+        self.requests.sort(key=lambda request: request not in requests)
 
     def is_healthy(self, origin, route):
-        return self.healthy and origin not in self.gone
+        return self.healthy and origin not in self.failed
 
     def wake(self):
         self.awake = True
@@ -83,21 +81,21 @@ class Connections:
             request.context(request, response, error)
 
     def answer(self, request=None, status=200, body=b"hello", error=None):
-        request = request or self.asked[0]
-        self.asked.remove(request)
+        request = request or self.requests[0]
+        self.requests.remove(request)
         if status == 200 and not error:
             os.pwrite(request.fd, body, 0)
         self.answers.append((request, None if error else Response(status, {}, len(body)), error))
         self.wake()
 
     def tids(self):
-        """Of what was asked, in its order"""
+        """Return the tasks of the requests, in their order"""
         return list(dict.fromkeys(os.path.basename(request.url).partition("-")[0]
-                                  for request in self.asked if not request.cancelled))
+                                  for request in self.requests if not request.cancelled))
 
 
 class Queue:
-    """What prefetch.py needs of RunQueueExecute: a chain of tasks a, b, c... unless deps says otherwise"""
+    """A stand-in for RunQueueExecute. deps is {task: tasks that can be started after it}."""
 
     def __init__(self, deps, threads=2):
         self.cooker = types.SimpleNamespace(configuration=types.SimpleNamespace(dry_run=False))
@@ -134,10 +132,10 @@ class Queue:
 class OrderTest(unittest.TestCase):
     deps = {"a": {"c"}, "b": {"c", "d"}, "c": {"e"}, "d": set(), "e": set()}
 
-    def test_as_they_become_buildable(self):
+    def test_buildable_first(self):
         self.assertEqual(list(order(Queue(self.deps))), ["a", "b", "c", "d", "e"])
 
-    def test_what_is_not_needed(self):
+    def test_not_needed(self):
         queue = Queue(self.deps)
         queue.unneeded = {"c"}
         self.assertEqual(list(order(queue)), ["a", "b", "d", "e"])
@@ -146,10 +144,10 @@ class OrderTest(unittest.TestCase):
         queue = Queue(self.deps)
         queue.outcomes = {"a": "fail", "d": "skip"}
         queue.unneeded = {"c"}
-        # Not all that would use c is covered
+        # Not all tasks that would use c are covered
         self.assertEqual(list(order(queue)), ["b", "c", "e"])
 
-    def test_what_has_run(self):
+    def test_running_and_done(self):
         queue = Queue(self.deps)
         queue.sq_running = {"a", "b"}
         queue.finish("a")
@@ -175,7 +173,7 @@ class OrderTest(unittest.TestCase):
         queue = Queue(self.deps)
         queue.sqdata.sq_harddeps_rev = {"a": {"e"}}
         queue.unneeded = {"e"}
-        # It is started for that, and needed then
+        # The hard dependency makes it needed
         self.assertEqual(list(order(queue)), ["b", "e", "d", "a", "c"])
 
 
@@ -198,7 +196,7 @@ class PrefetchTest(unittest.TestCase):
 
     def close(self):
         self.prefetch.stop()
-        while self.connections.asked:
+        while self.connections.requests:
             self.connections.answer(error=ConnectError("the end"))
         self.connections.deliver()
         self.prefetch.close()
@@ -206,7 +204,7 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual([name for name in self.names() if name.endswith(".new")], [])
 
     def open_files(self):
-        """Descriptors of this process that are those of files in our folder"""
+        """Return the descriptors of this process for files in tempdir"""
         paths = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
         return [path for path in paths if os.path.islink(path) and os.readlink(path).startswith(self.tempdir)]
 
@@ -220,25 +218,22 @@ class PrefetchTest(unittest.TestCase):
         self.make(self.chain)
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["a", "b"])
-        while self.connections.asked:
+        while self.connections.requests:
             self.connections.answer()
         self.prefetch.process()
-        # Fetched, but not taken yet
+        # Their tasks have not been started yet
         self.assertEqual((self.connections.tids(), self.local), ([], ["a", "b"]))
         self.queue.sq_running.add("a")
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["c"])
 
     def test_room_for_many(self):
-        """What nobody waits for is asked for in groups, but does not wait long for others"""
+        """Objects that no task waits for are requested in groups"""
         self.make({"t%02d" % n: set() for n in range(40)}, window=24)
-        patch = unittest.mock.patch.object(prefetch, "FILL_EACH", 1000)
-        patch.start()
-        self.addCleanup(patch.stop)
         for _ in range(3):
             self.prefetch.process()
         self.assertEqual(len(self.connections.tids()), 24)
-        while self.connections.asked:
+        while self.connections.requests:
             self.connections.answer()
         for _ in range(6):
             self.prefetch.process()
@@ -252,15 +247,12 @@ class PrefetchTest(unittest.TestCase):
         self.queue.sq_running.add("t03")
         self.prefetch.process()
         self.assertEqual(len(self.connections.tids()), 3)
-        with unittest.mock.patch.object(prefetch, "FILL_EACH", -1):
-            self.prefetch.process()
-        self.assertEqual(self.connections.tids(), ["t24", "t25", "t26", "t27"])
 
     def test_wakes_the_runqueue_for_many(self):
-        """Not all answers are taken in one turn"""
+        """Not all answers are processed in one turn"""
         self.make({tid: set() for tid in "abcdefg"}, window=7)
         self.prefetch.process()
-        while self.connections.asked:
+        while self.connections.requests:
             self.connections.answer()
         self.prefetch.process()
         self.assertTrue(self.connections.awake)
@@ -268,44 +260,42 @@ class PrefetchTest(unittest.TestCase):
         self.assertFalse(self.connections.awake)
         self.assertEqual(len(self.local), 7)
 
-    def test_wakes_the_runqueue_for_what_a_task_waits_for(self):
+    def test_wakes_the_runqueue_for_a_waiting_task(self):
         self.make({tid: set() for tid in "abcdefg"}, window=7)
-        self.assertTrue(self.prefetch.awaits("g"))
+        self.assertFalse(self.prefetch.request_or_ready("g"))
         self.assertTrue(self.connections.awake)
         self.prefetch.process()
         self.assertFalse(self.connections.awake)
-        self.assertTrue(self.prefetch.awaits("b"))
-        self.assertTrue(self.connections.awake)
 
-    def test_room_for_what_a_task_waits_for(self):
-        """Is not taken by what is fetched ahead"""
+    def test_room_for_a_waiting_task(self):
+        """Objects that no task waits for leave room for others"""
         self.make({tid: set() for tid in "abcdefghij"}, window=10)
         with unittest.mock.patch.multiple(prefetch, MAX_UNDER_WAY=8, RESERVED=2):
             self.prefetch.process()
             self.prefetch.process()
             self.assertEqual(self.connections.tids(), ["a", "b", "c", "d", "e", "f"])
-            self.prefetch.awaits("j")
+            self.prefetch.request_or_ready("j")
             self.prefetch.process()
             self.assertEqual(self.connections.tids()[0], "j")
             self.assertEqual(len(self.connections.tids()), 7)
 
-    def test_what_is_under_way_and_awaited_comes_first(self):
+    def test_object_of_a_waiting_task_is_prioritised(self):
         self.make({tid: set() for tid in "abcd"}, window=4)
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["a", "b", "c", "d"])
-        self.assertTrue(self.prefetch.awaits("c"))
+        self.assertFalse(self.prefetch.request_or_ready("c"))
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["c", "a", "b", "d"])
 
-    def test_landing(self):
-        """The siginfo is there before the object, and both have the mode that the umask leaves"""
+    def test_install(self):
+        """The .siginfo is installed before the object, and the modes are those of the umask"""
         self.make({"a": set()})
         self.prefetch.process()
-        self.assertTrue(self.prefetch.awaits("a"))
+        self.assertFalse(self.prefetch.request_or_ready("a"))
         self.connections.answer()
         self.prefetch.process()
         self.assertEqual([name.endswith(".new") for name in self.names()], [True, True])
-        self.assertTrue(self.prefetch.awaits("a"))
+        self.assertFalse(self.prefetch.request_or_ready("a"))
         self.connections.answer()
         with unittest.mock.patch("os.link", wraps=os.link) as link:
             self.prefetch.process()
@@ -313,8 +303,8 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual(self.names(), ["ab/a-0", "ab/a-0.siginfo"])
         self.assertEqual({stat.S_IMODE(os.stat(os.path.join(self.tempdir, name)).st_mode) for name in self.names()}, {0o664})
         self.assertEqual(stat.S_IMODE(os.stat(self.tempdir + "/ab").st_mode), 0o775)
-        self.assertFalse(self.prefetch.awaits("a"))
-        self.assertEqual((self.local, self.prefetch.objects, self.prefetch.awaited), (["a"], 1, set()))
+        self.assertTrue(self.prefetch.request_or_ready("a"))
+        self.assertEqual((self.local, self.prefetch.objects, self.prefetch.waiting), (["a"], 1, set()))
 
     def test_without_a_siginfo(self):
         self.make({"a": set()})
@@ -324,8 +314,8 @@ class PrefetchTest(unittest.TestCase):
         self.prefetch.process()
         self.assertEqual((self.names(), self.local), (["ab/a-0"], ["a"]))
 
-    def test_without_what_is_needed(self):
-        """As a signature that is to be verified: the task looks for it on the network"""
+    def test_without_a_needed_file(self):
+        """The task looks for it on the network, as for a signature that has to be verified"""
         self.make({"a": set()})
         self.files["a"].needed = 2
         self.prefetch.process()
@@ -335,7 +325,7 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual((self.names(), self.local, self.prefetch.objects), (["ab/a-0"], [], 1))
 
     def test_two_builds_with_one_directory(self):
-        """What one of them has fetched is never what the other has not yet"""
+        """They do not use each other's temporary files"""
         self.make({"a": set()})
         self.prefetch.process()
         self.connections.answer()
@@ -343,7 +333,7 @@ class PrefetchTest(unittest.TestCase):
         other.tempdir = self.tempdir
         other.make({"a": set()})
         other.prefetch.process()
-        os.pwrite(other.connections.asked[0].fd, b"he", 0)
+        os.pwrite(other.connections.requests[0].fd, b"he", 0)
         self.connections.answer()
         self.prefetch.process()
         with open(self.tempdir + "/ab/a-0", "rb") as f:
@@ -354,120 +344,119 @@ class PrefetchTest(unittest.TestCase):
     def test_connections_that_have_ended(self):
         self.make(self.chain)
         self.prefetch.process()
-        self.assertTrue(self.prefetch.awaits("a"))
+        self.assertFalse(self.prefetch.request_or_ready("a"))
         self.connections.server = None
         self.prefetch.process()
-        self.assertFalse(self.prefetch.awaits("a"))
+        self.assertTrue(self.prefetch.request_or_ready("a"))
 
-    def test_mirror_that_is_gone_for_a_time(self):
-        """Nothing is tried in vain, and it goes on afterwards"""
+    def test_mirror_that_recovers(self):
+        """Nothing is requested until then, and each object is requested again once"""
         self.make(self.chain)
         self.prefetch.process()
         self.connections.healthy = False
-        while self.connections.asked:
-            self.connections.answer(error=ConnectError("gone"))
+        while self.connections.requests:
+            self.connections.answer(error=ConnectError("failed"))
         self.prefetch.process()
-        self.assertEqual(self.connections.asked, [])
+        self.assertEqual(self.connections.requests, [])
         self.connections.healthy = True
-        self.prefetch._again_at = 0
+        self.prefetch._reorder_at = 0
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["a", "b"])
-        # It cannot be the mirror alone
-        while self.connections.asked:
-            self.connections.answer(error=ConnectError("gone"))
-        self.prefetch._again_at = 0
+        while self.connections.requests:
+            self.connections.answer(error=ConnectError("failed"))
+        self.prefetch._reorder_at = 0
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["c", "d"])
 
-    def test_one_of_two_mirrors_is_gone(self):
+    def test_one_of_two_mirrors_fails(self):
         self.make(self.chain, window=4)
         self.files["a"].mirror = self.files["c"].mirror = "other.example", "route"
-        self.connections.gone.add("other.example")
+        self.connections.failed.add("other.example")
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["b", "d", "e"])
-        self.connections.gone.clear()
+        self.connections.failed.clear()
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["b", "d", "e", "a"])
 
     def test_descriptors(self):
-        """Those of requests that were given up are open until they are answered"""
+        """Those of requests that were given up count until the requests are answered"""
         self.make({"t%s" % n: set() for n in range(100)}, window=100)
         for number in range(20):
             self.prefetch.process()
             self.files.update({tid: Files(self.tempdir, tid, number + 1) for tid in self.files})
-        self.assertLessEqual(len(self.open_files()), prefetch.MAX_OPEN + 3)
+        self.assertLessEqual(len(self.open_files()), prefetch.MAX_UNDER_WAY * prefetch.FILES)
 
-    def test_what_is_there(self):
+    def test_local_files(self):
         self.make({"a": set(), "b": set()})
         os.makedirs(self.tempdir + "/ab")
         with open(self.tempdir + "/ab/a-0", "w"):
             pass
         self.local.append("b")
         self.prefetch.process()
-        self.assertEqual(self.connections.asked, [])
-        self.assertFalse(self.prefetch.awaits("a") or self.prefetch.awaits("b"))
+        self.assertEqual(self.connections.requests, [])
+        self.assertTrue(self.prefetch.request_or_ready("a") and self.prefetch.request_or_ready("b"))
 
-    def test_skipped_while_it_is_under_way(self):
+    def test_task_skipped_while_under_way(self):
         self.make({"a": set()})
         self.prefetch.process()
-        self.prefetch.awaits("a")
+        self.prefetch.request_or_ready("a")
         self.queue.sq_running.add("a")
         self.prefetch.process()
-        self.assertTrue(all(request.cancelled for request in self.connections.asked))
-        self.assertEqual((self.names(), self.prefetch.awaited), ([], set()))
+        self.assertTrue(all(request.cancelled for request in self.connections.requests))
+        self.assertEqual((self.names(), self.prefetch.waiting), ([], set()))
 
     def test_stalled(self):
         self.make({"a": set(), "b": set()})
         self.prefetch.process()
-        with unittest.mock.patch.object(prefetch, "STALLED", -1), unittest.mock.patch.object(prefetch, "LOOK_EACH", 0):
-            # Of another one
-            self.connections.asked[2].received = 3
+        with unittest.mock.patch.multiple(prefetch, STALLED=-1, INTERVAL=0):
+            # A request of the other object
+            self.connections.requests[2].received = 3
             self.prefetch.process()
-            self.assertTrue(self.prefetch.awaits("a"))
+            self.assertFalse(self.prefetch.request_or_ready("a"))
             self.prefetch.process()
-        self.assertFalse(self.prefetch.awaits("a"))
+        self.assertTrue(self.prefetch.request_or_ready("a"))
 
-    def test_fault_of_ours(self):
-        """It is told once, and the tasks fetch themselves"""
+    def test_internal_error(self):
+        """There is one warning, and the tasks fetch their objects"""
         self.make(self.chain)
         self.prefetch.process()
         self.connections.answer()
-        with unittest.mock.patch.object(self.prefetch, "_forget", side_effect=AttributeError), \
+        with unittest.mock.patch.object(self.prefetch, "_drop_obsolete", side_effect=AttributeError), \
                 self.assertLogs("BitBake", "WARNING") as logs:
             self.prefetch.process()
             self.prefetch.process()
         self.assertEqual(len(logs.output), 1)
-        self.assertFalse(self.prefetch.awaits("a"))
+        self.assertTrue(self.prefetch.request_or_ready("a"))
 
     def test_failures(self):
-        """Whatever it is, nothing is left, and the task is started and does what it always did"""
-        for answer in ({"status": 404}, {"status": 500}, {"error": ConnectError("gone")}, {"error": DestinationError("full")}):
+        """No file is left, and the task is started"""
+        for answer in ({"status": 404}, {"status": 500}, {"error": ConnectError("failed")}, {"error": DestinationError("full")}):
             for other in (False, True):
                 with self.subTest(answer=answer, other=other):
                     self.make({"a": set()})
                     self.prefetch.process()
-                    self.assertTrue(self.prefetch.awaits("a"))
-                    self.connections.answer(self.connections.asked[other], **answer)
+                    self.assertFalse(self.prefetch.request_or_ready("a"))
+                    self.connections.answer(self.connections.requests[other], **answer)
                     self.connections.answer()
                     self.prefetch.process()
-                    # There need not be a siginfo
+                    # The .siginfo is optional
                     self.assertEqual((self.names(), self.local), (["ab/a-0"], ["a"]) if other else ([], []))
-                    self.assertFalse(self.prefetch.awaits("a"))
+                    self.assertTrue(self.prefetch.request_or_ready("a"))
                     self.close()
                     shutil.rmtree(self.tempdir + "/ab")
 
-    def test_size_that_is_not_what_was_told(self):
+    def test_size_that_differs_from_the_announced_one(self):
         self.make({"a": set()})
         self.prefetch.process()
-        request = self.connections.asked[0]
+        request = self.connections.requests[0]
         os.pwrite(request.fd, b"more than that", 0)
         self.connections.answer(request)
         self.connections.answer()
         self.prefetch.process()
         self.assertEqual(self.names(), [])
 
-    def test_what_is_no_object(self):
-        """Empty, or a page in HTML in place of each file"""
+    def test_unexpected_content(self):
+        """An empty file, and an HTML page"""
         for name, body in (("ab/a", b""), ("ab/a.zst", b"<html>")):
             with self.subTest(name=name):
                 self.make({"a": set()})
@@ -475,20 +464,21 @@ class PrefetchTest(unittest.TestCase):
                 self.prefetch.process()
                 self.connections.answer(body=body)
                 self.connections.answer(body=body)
-                self.prefetch.process()
+                with unittest.mock.patch.object(bb, "warnonce") as warnonce:
+                    self.prefetch.process()
+                self.assertEqual(len({call[0] for call in warnonce.call_args_list}), 1 if body else 0)
                 self.assertEqual((self.names(), self.local), ([], []))
-                self.assertFalse(self.prefetch.awaits("a"))
-        self.assertEqual(self.connections.strange, ["mirror.example"] * 2)
+                self.assertTrue(self.prefetch.request_or_ready("a"))
         self.assertEqual(len(self.connections.rejected), 2)
 
-    def test_what_a_killed_server_has_left(self):
-        """Only that is removed"""
+    def test_temporary_file_of_a_killed_server(self):
+        """It is removed, those of this server are kept"""
         self.make({"a": set(), "b": set()}, window=1)
         self.prefetch.process()
         left = os.path.join(self.tempdir, self.names()[0].replace("-%s-" % os.getpid(), "-%s-" % (1 << 30)))
         with open(left, "w"):
             pass
-        self.prefetch.awaits("b")
+        self.prefetch.request_or_ready("b")
         self.prefetch.process()
         self.assertFalse(os.path.exists(left))
         self.assertEqual(len(self.names()), 4)
@@ -497,30 +487,30 @@ class PrefetchTest(unittest.TestCase):
         self.make({"a": set(), "b": set()})
         with unittest.mock.patch("os.open", side_effect=PermissionError):
             self.prefetch.process()
-            self.assertFalse(self.prefetch.awaits("a"))
-        self.assertEqual(self.connections.asked, [])
+            self.assertTrue(self.prefetch.request_or_ready("a"))
+        self.assertEqual(self.connections.requests, [])
 
     def test_file_that_cannot_be_described(self):
         self.make({"a": set(), "b": set()})
         error = bb.data_smart.ExpansionError("X", "${X}", KeyError("X"))
         with unittest.mock.patch.object(self.files["a"], "describe", side_effect=[self.files["a"].describe("ab/a-0"), error]):
             self.prefetch.process()
-        self.assertFalse(self.prefetch.awaits("a"))
+        self.assertTrue(self.prefetch.request_or_ready("a"))
         self.assertEqual(self.connections.tids(), ["b"])
 
-    def test_fault_of_ours_while_files_are_opened(self):
-        """What was begun before it is given up as well"""
+    def test_internal_error_while_files_are_opened(self):
+        """Objects that were requested before are given up, too"""
         self.make({"b": set(), "a": set()})
         with unittest.mock.patch.object(self.files["a"], "describe", side_effect=KeyError), \
                 self.assertLogs("BitBake", "WARNING") as logs:
             self.prefetch.process()
             self.prefetch.process()
         self.assertEqual(len(logs.output), 1)
-        self.assertFalse(self.prefetch.awaits("b"))
-        self.assertEqual([request.cancelled for request in self.connections.asked], [True, True])
+        self.assertTrue(self.prefetch.request_or_ready("b"))
+        self.assertEqual([request.cancelled for request in self.connections.requests], [True, True])
 
     def test_long_names(self):
-        """As long as openembedded-core lets them become"""
+        """The longest names that openembedded-core uses"""
         self.make({"a" * 244: set()})
         self.prefetch.process()
         self.connections.answer()
@@ -529,28 +519,28 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual([len(name) for name in self.names()], [249, 257])
 
     def test_buildable_beyond_the_window(self):
-        """What was fetched ahead and cannot be started yet must not keep out what could be"""
+        """Objects whose tasks cannot be started yet do not block others whose tasks can"""
         self.make({"a": {"c"}, "b": {"c"}, "c": set(), "d": set(), "e": set()}, window=1, threads=2)
         self.queue.sq_buildable = {"a"}
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["a"])
         for tid in ("b", "d", "e"):
-            self.assertTrue(self.prefetch.awaits(tid))
+            self.assertFalse(self.prefetch.request_or_ready(tid))
         self.prefetch.process()
-        # One for each thread, ahead of others
+        # One for each thread, before the others
         self.assertEqual(set(self.connections.tids()), {"a", "b", "d"})
         self.assertEqual(self.connections.tids(), ["b", "d", "a"])
 
     def test_another_hash(self):
         self.make({"a": set()})
         self.prefetch.process()
-        old = list(self.connections.asked)
+        old = list(self.connections.requests)
         self.files["a"] = Files(self.tempdir, "a", 1)
         self.prefetch.changed()
-        self.prefetch._again_at = 0
+        self.prefetch._reorder_at = 0
         self.prefetch.process()
         self.assertTrue(all(request.cancelled for request in old))
-        new = [request for request in self.connections.asked if request not in old]
+        new = [request for request in self.connections.requests if request not in old]
         self.assertEqual(len(new), 2)
         for request in old + new:
             self.connections.answer(request)
@@ -560,17 +550,17 @@ class PrefetchTest(unittest.TestCase):
     def test_stop(self):
         self.make(self.chain)
         self.prefetch.process()
-        self.prefetch.awaits("a")
+        self.prefetch.request_or_ready("a")
         self.prefetch.stop()
-        self.assertEqual((self.names(), self.prefetch.awaited, self.prefetch.fds()), ([], set(), []))
-        self.assertTrue(all(request.cancelled for request in self.connections.asked))
-        self.assertFalse(self.prefetch.awaits("b"))
+        self.assertEqual((self.names(), self.prefetch.waiting, self.prefetch.fds()), ([], set(), []))
+        self.assertTrue(all(request.cancelled for request in self.connections.requests))
+        self.assertTrue(self.prefetch.request_or_ready("b"))
 
     def test_off(self):
         self.make(self.chain, window=0)
         self.prefetch.process()
-        self.assertFalse(self.prefetch.awaits("a"))
-        self.assertEqual(self.connections.asked, [])
+        self.assertTrue(self.prefetch.request_or_ready("a"))
+        self.assertEqual(self.connections.requests, [])
 
     def test_progress(self):
         self.make({"a": set()})
@@ -584,7 +574,7 @@ class PrefetchTest(unittest.TestCase):
         self.assertEqual((event.objects, event.total, event.size, event.total_size), (1, 1, 5, 5))
 
     def test_progress_ends_with_the_tasks(self):
-        """Also with those whose objects were not fetched because the mirror was gone"""
+        """Also if their objects were not fetched because the mirror failed"""
         self.make({tid: set() for tid in "abcd"}, window=1)
         self.prefetch.process()
         self.connections.answer()
@@ -592,12 +582,12 @@ class PrefetchTest(unittest.TestCase):
         self.connections.healthy = False
         self.prefetch.process()
         self.queue.sq_running.update("abcd")
-        with unittest.mock.patch.object(prefetch, "PROGRESS", -1):
+        with unittest.mock.patch.object(prefetch, "INTERVAL", -1):
             self.prefetch.process()
         events = [call[0][0] for call in self.fire.call_args_list]
         self.assertEqual([(event.objects, event.total) for event in events], [(1, 4), (1, 1)])
 
-    def test_another_hash_before_the_answer_is_taken(self):
+    def test_another_hash_before_the_answer_is_processed(self):
         self.make({"a": set()})
         self.prefetch.process()
         self.connections.answer()
@@ -611,15 +601,14 @@ class PrefetchTest(unittest.TestCase):
 
     def test_model(self):
         """
-        Random graphs, with tasks that are skipped, fail or get another hash, and objects that fail to arrive: each
-        task is started in the end, none whose object is under way, nothing is fetched for what is known to be
-        skipped, and the window is kept.
+        Random graphs, with tasks that are skipped, fail or get another hash, and objects that cannot be fetched. Each
+        task is started in the end, but not while its object is being fetched, and no object of a skipped task is fetched.
         """
         for seed in range(200):
             rand = random.Random(seed)
             with self.subTest(seed=seed), unittest.mock.patch.multiple(
-                    prefetch, MAX_UNDER_WAY=rand.randint(1, 6), RESERVED=rand.randint(0, 3), FILL_EACH=1000,
-                    STARTS_EACH=rand.randint(1, 8)):
+                    prefetch, MAX_UNDER_WAY=rand.randint(1, 6), RESERVED=rand.randint(0, 3),
+                    PER_TURN=rand.randint(1, 8)):
                 self.play(rand)
                 self.close()
                 shutil.rmtree(self.tempdir + "/ab", ignore_errors=True)
@@ -636,27 +625,27 @@ class PrefetchTest(unittest.TestCase):
         skipped, fetched, running = set(queue.outcomes), set(), []
         event = True
         for step in range(2000):
-            # The runqueue has its turn after it has started something, when a task has ended, or when it is woken up
+            # The runqueue has a turn after it has started a task, when a task has ended, or when it is woken up
             turn = event or self.connections.awake
             ready = []
             if turn:
                 self.prefetch.process()
                 fetched.update(connections.tids())
                 self.assertFalse(fetched & skipped)
-                self.assertEqual(self.prefetch.awaited & queue.sq_running, set())
+                self.assertEqual(self.prefetch.waiting & queue.sq_running, set())
             under_way = connections.tids()
             buildable = [tid for tid in tids if tid in queue.sq_buildable and tid not in queue.sq_running]
             for tid in buildable if turn else ():
                 if tid in queue.outcomes:
                     ready.append(("outcome", tid))
-                elif len(running) < threads and tid not in self.prefetch.awaited and not self.prefetch.awaits(tid):
+                elif len(running) < threads and tid not in self.prefetch.waiting and self.prefetch.request_or_ready(tid):
                     ready.append(("start", tid))
-            choices = ready + [("answer", request) for request in connections.asked[:3]] + [("end", tid) for tid in running]
+            choices = ready + [("answer", request) for request in connections.requests[:3]] + [("end", tid) for tid in running]
             event = bool(ready)
             if not choices:
                 if self.connections.awake:
                     continue
-                # Nobody would ever start these
+                # These would never be started
                 self.assertEqual(buildable, [])
                 break
             what, subject = rand.choice(choices)
@@ -668,7 +657,7 @@ class PrefetchTest(unittest.TestCase):
                 queue.sq_running.add(subject)
                 running.append(subject)
             elif what == "answer":
-                connections.answer(subject, **rand.choice([{}, {}, {}, {"status": 404}, {"error": ConnectError("gone")}]))
+                connections.answer(subject, **rand.choice([{}, {}, {}, {"status": 404}, {"error": ConnectError("failed")}]))
             else:
                 event = True
                 running.remove(subject)

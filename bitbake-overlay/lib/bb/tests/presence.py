@@ -16,7 +16,7 @@ import bb.fetch2
 import bb.parse
 from bb.connections.server import ConnectionServer
 from bb.networksettings import settings
-from bb.presence import Files, Presence, own_settings
+from bb.presence import ObjectFiles, Presence
 from bb.presencequery import Locations
 from bb.tests.connections import ConnectionsTest, answer
 
@@ -41,16 +41,18 @@ class PresenceTest(ConnectionsTest):
         return server
 
     def make(self):
-        entries = types.SimpleNamespace(runtaskentries=self.hashes)
+        self.mcdata = {"": self.d}
+        rqdata = types.SimpleNamespace(runtaskentries=self.hashes)
+        rqdata.cooker = types.SimpleNamespace(databuilder=types.SimpleNamespace(mcdata=self.mcdata))
         self.connections = types.SimpleNamespace(server=self.server, reported=set(), settings=settings(self.d),
                                                  report_pauses=lambda: None)
-        return Presence(entries, self.connections)
+        return Presence(rqdata, self.connections)
 
     def mirrors(self, *lines):
         self.d.setVar("PREMIRRORS", " ".join(lines))
 
     def query(self, names, **kwargs):
-        """{name: size} of those that exist"""
+        """Return {name: size} of the objects that exist"""
         for name in names:
             self.hashes[name] = types.SimpleNamespace(unihash="hash of " + name)
         return self.presence.query([(name, "file://" + name) for name in names], self.d, **kwargs)
@@ -60,7 +62,7 @@ class PresenceTest(ConnectionsTest):
 
 
 class MirrorRulesTest(PresenceTest):
-    """What fetch2 makes of SSTATE_MIRRORS, which the metadata puts into PREMIRRORS"""
+    """The URLs that fetch2 derives from SSTATE_MIRRORS, which the metadata puts into PREMIRRORS"""
 
     def test_path(self):
         mirror = self.mirror()
@@ -69,7 +71,7 @@ class MirrorRulesTest(PresenceTest):
         self.assertEqual(self.paths(mirror), ["/ab/5", "/cd/70000"])
         self.assertEqual({command for command, _, _ in mirror.requests}, {"HEAD"})
 
-    def test_second_mirror_is_asked_for_what_the_first_lacks(self):
+    def test_second_mirror_is_queried_for_missing_objects(self):
         first, second = self.mirror(), self.mirror()
         self.mirrors("file://.* %s/PATH" % first.url, "file://.* %s/PATH" % second.url)
         found = self.query(["ab/%s" % n for n in range(20)] + ["status/404"])
@@ -90,11 +92,11 @@ class MirrorRulesTest(PresenceTest):
     def test_host_of_a_mirror_of_a_mirror(self):
         mirror = self.mirror()
         self.mirrors("file://.* http://other.example/PATH", "http://.*/.* %s/HOST/5" % mirror.url)
-        with unittest.mock.patch("socket.getaddrinfo", wraps=self.only_here):
+        with unittest.mock.patch("socket.getaddrinfo", wraps=self.only_localhost):
             self.query(["ab/5"])
         self.assertEqual(len(mirror.requests), 1)
 
-    def only_here(self, name, *args, **kwargs):
+    def only_localhost(self, name, *args, **kwargs):
         if name != "127.0.0.1":
             raise OSError("no such host")
         return [(2, 1, 6, "", (name, args[0]))]
@@ -133,8 +135,8 @@ class MirrorRulesTest(PresenceTest):
         self.assertEqual(self.query(["ab/5", "ab/6", "status/404"]), {"ab/5": None, "ab/6": 6})
         self.assertEqual(self.paths(mirror), ["/ab/6", "/status/404"])
 
-    def test_command_of_the_users(self):
-        """The fetcher's own checkstatus() is asked then"""
+    def test_fetchcmd(self):
+        """The fetcher's own checkstatus() is used then"""
         mirror = self.mirror()
         self.mirrors("file://.* %s/PATH" % mirror.url)
         self.d.setVar("FETCHCMD_wget", "mywget")
@@ -143,53 +145,35 @@ class MirrorRulesTest(PresenceTest):
         self.assertEqual(mirror.requests, [])
 
 
-class SettingsTest(PresenceTest):
-    def test_own_settings_of_a_recipe(self):
-        self.d.setVar("BB_HASHCHECK_FUNCTION", "checkhashes")
-        self.d.setVarFlag("checkhashes", "settings", "STORE OTHER")
-        self.d.setVar("STORE", "/store")
-        self.d.setVar("STORE:pn-two", "/two")
-        for pn, name, expected in (("one", "X", []), ("one", "STORE", ["STORE"]), ("one", "STORE:append", ["STORE"]),
-                                   ("two", "X", ["STORE"]), ("one", "OTHER", ["OTHER"]), ("one", "PATH", []),
-                                   ("one", "https_proxy", ["https_proxy"]), ("one", "BB_ALLOWED_NETWORKS", ["BB_ALLOWED_NETWORKS"]),
-                                   ("one", "BB_CHECK_SSL_CERTS", ["BB_CHECK_SSL_CERTS"]), ("one", "FETCHCMD_wget", ["FETCHCMD_wget"])):
-            with self.subTest(pn=pn, name=name):
-                d = self.d.createCopy()
-                d.setVar("PN", pn)
-                d.setVar("OVERRIDES", "pn-%s:%s" % (pn, d.getVar("OVERRIDES") or ""))
-                d.setVar(name, "value")
-                self.assertEqual(own_settings(d, self.d), expected)
-        self.d.setVarFlag("BB_ALLOWED_NETWORKS", "one", "*.example")
-        d = self.d.createCopy()
-        d.setVar("PN", "one")
-        self.assertEqual(own_settings(d, self.d), ["BB_ALLOWED_NETWORKS"])
-        d.setVar("PN", "two")
-        self.assertEqual(own_settings(d, self.d), [])
-
-    def test_own_settings_that_cannot_be_told(self):
-        """A task may fail because of it, but not the parsing of a recipe that nobody builds"""
-        d = self.d.createCopy()
-        d.setVar("HOME", "${@d.getVar('SET_LATER').strip()}")
-        with self.assertLogs("BitBake", "DEBUG"):
-            self.assertEqual(own_settings(d, self.d), ["HOME"])
-        d.setVar("__SKIPPED", "not for this machine")
-        self.assertEqual(own_settings(d, self.d), [])
+class MulticonfigTest(PresenceTest):
+    def test_settings_that_differ(self):
+        """Objects of multiconfigs with other settings are not fetched ahead"""
+        self.mirrors("file://.* %s/PATH;downloadfilename=PATH" % self.mirror().url)
+        tids = ["ab.bb:do_x"]
+        for name, value in (("STORE", "/other"), ("https_proxy", "http://proxy.invalid"), ("PATH", "/bin")):
+            self.mcdata[name] = self.d.createCopy()
+            self.mcdata[name].setVar(name, value)
+            tids.append("mc:%s:ab.bb:do_x" % name)
+        self.hashes.update((tid, types.SimpleNamespace(unihash="hash")) for tid in tids)
+        self.assertEqual(set(self.presence.query([(tid, "file://ab/5") for tid in tids], self.d)), set(tids))
+        self.presence.fetchable({tid: ["ab/5"] for tid in tids}, 0o022, settings=["STORE"])
+        self.assertEqual(set(self.presence.files), {tids[0], tids[-1]})
 
 
-class FilesTest(PresenceTest):
-    """What is fetched ahead"""
+class ObjectFilesTest(PresenceTest):
+    """Files that are fetched ahead"""
 
-    def files(self, place):
-        return Files(["a.tar.zst", "a.tar.zst.siginfo"], 1, 1, "hash", 0o022, Locations(self.d), place, None)
+    def files(self, mirror_index):
+        return ObjectFiles(["a.tar.zst", "a.tar.zst.siginfo"], 1, 1, "hash", 0o022, Locations(self.d), mirror_index, None)
 
-    def test_mirror_of_the_object_alone(self):
+    def test_mirror_with_the_object_only(self):
         self.mirrors(r"file://.*\.tar\.zst$ http://one.invalid/PATH;downloadfilename=PATH")
         files = self.files(0)
         self.assertEqual(files.describe("a.tar.zst")["url"], "http://one.invalid/a.tar.zst")
         with self.assertRaises(ValueError):
             files.describe("a.tar.zst.siginfo")
 
-    def test_second_mirror_of_the_object_alone(self):
+    def test_second_mirror_with_the_object_only(self):
         self.mirrors("file://.* http://one.invalid/PATH;downloadfilename=PATH",
                      "file://.*zst$ http://two.invalid/PATH;downloadfilename=PATH")
         files = self.files(1)
@@ -197,7 +181,7 @@ class FilesTest(PresenceTest):
         with self.assertRaises(ValueError):
             files.describe("a.tar.zst.siginfo")
 
-    def test_file_that_the_fetcher_puts_elsewhere(self):
+    def test_file_with_another_path(self):
         self.mirrors("file://.* http://one.invalid/PATH;downloadfilename=other")
         with self.assertRaises(ValueError):
             self.files(0).describe("a.tar.zst")
@@ -218,23 +202,23 @@ class QueryTest(OneMirrorTest):
         names = ["ab/%s" % n for n in range(2500)] + ["status/404"]
         self.assertEqual(self.query(names), {name: n for n, name in enumerate(names[:-1])})
         self.assertLessEqual(self.requested.connections, 2)
-        # Some are asked for twice to find out whether requests can be pipelined
+        # Some requests are repeated to determine whether the server supports pipelining
         self.assertLess(len(self.requested.requests), 2520)
         self.warning.assert_not_called()
 
-    def test_nothing_is_asked_twice(self):
+    def test_no_second_request_for_an_object(self):
         names = ["ab/%s" % n for n in range(10)] + ["status/404"]
         found = self.query(names)
-        asked = len(self.requested.requests)
+        count = len(self.requested.requests)
         self.assertEqual(self.query(names), found)
-        self.assertEqual(len(self.requested.requests), asked)
+        self.assertEqual(len(self.requested.requests), count)
 
     def test_without_connections(self):
         self.connections.server = None
         self.assertIsNone(self.query(["ab/5"]))
 
     def test_mirror_that_refuses(self):
-        """The next one is asked"""
+        """The next one is queried"""
         mirror = self.mirror(*[answer("503 Busy; Retry-After: 3600; Content-Length: 0")] * 50)
         self.mirrors("file://.* %s/PATH" % mirror.url, "file://.* %s/PATH" % self.requested.url)
         self.assertEqual(self.query(["ab/%s" % n for n in range(20)] + ["status/404"]), {"ab/%s" % n: n for n in range(20)})
@@ -252,15 +236,15 @@ class QueryTest(OneMirrorTest):
         self.assertEqual((self.paths(mirror), self.paths(other)), (["/ab/5"], ["/cd/5"]))
 
     def test_connections_that_have_ended(self):
-        """That is nothing the mirror says"""
+        """The result is no information about the mirror"""
         self.server.stop()
         self.assertIsNone(self.query(["ab/5"]))
 
-    def test_what_says_neither(self):
+    def test_status_without_an_answer(self):
         self.assertEqual(self.query(["ab/5", "status/500", "status/403", "status/400"]), {"ab/5": 5})
         self.assertRegex(self.warning.call_args[0][0], "did not answer for 1 of 4 objects, treating them as missing there: status 500$")
 
-    def test_url_that_is_none(self):
+    def test_malformed_url(self):
         self.assertEqual(self.query(["ab/5", ";nonsense"]), {"ab/5": 5})
 
     def test_interrupt(self):
@@ -269,8 +253,8 @@ class QueryTest(OneMirrorTest):
         with self.assertRaises(bb.BBHandledException):
             self.query(["ab/%s" % n for n in range(1000)])
 
-    def test_fault_of_ours(self):
-        """The metadata asks in its own way then, and the user is told once"""
+    def test_internal_error(self):
+        """The metadata queries by other means then, and there is one warning"""
         for _ in range(2):
             with unittest.mock.patch("bb.presencequery.Query._begin", side_effect=ZeroDivisionError):
                 self.assertIsNone(self.query(["ab/5"]))
@@ -303,18 +287,18 @@ class HashservTest(OneMirrorTest):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def test_mirror_is_asked_for_what_the_server_knows(self):
-        asked = []
+    def test_mirror_is_queried_for_known_objects(self):
+        queries = []
 
         def exist(query):
-            asked.append(query)
+            queries.append(query)
             return {tid: tid != "ab/6" for tid in query}
         self.siggen.unihashes_exist = exist
         self.assertEqual(self.query(["ab/5", "ab/6", "ab/7"]), {"ab/5": 5, "ab/7": 7})
-        self.assertEqual(asked, [{name: "hash of " + name for name in ("ab/5", "ab/6", "ab/7")}])
+        self.assertEqual(queries, [{name: "hash of " + name for name in ("ab/5", "ab/6", "ab/7")}])
         self.assertEqual(self.paths(self.requested), ["/ab/5", "/ab/7"])
 
-    def test_server_that_knows_hardly_any(self):
+    def test_server_that_knows_too_few(self):
         names = ["ab/%d" % i for i in range(5, 65)]
         self.siggen.unihashes_exist = lambda query: {tid: tid in names[:5] for tid in query}
         self.assertEqual(set(self.query(names)), set(names))

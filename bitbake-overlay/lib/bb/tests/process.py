@@ -14,7 +14,7 @@ import bb.process
 
 class ProcessTest(unittest.TestCase):
     def test_sigpipe_is_not_ignored(self):
-        # Python ignores it
+        # Python ignores SIGPIPE, and children inherit that
         for options in ({}, {"log": io.StringIO()}):
             with self.assertRaises(bb.process.ExecutionError) as caught:
                 bb.process.run(["sh", "-c", "kill -s PIPE $$; exit 3"], **options)

@@ -23,7 +23,7 @@ from bb.connections import Cancelled, ConnectError, DestinationError, ProtocolEr
 from bb.connections import sftp
 from bb.tests.connections import SECONDS, ConnectionsTest, content
 
-# Passes its input, output and errors to the test, and ends with the status that the test sends
+# Passes its standard input and error to the test, and exits with the status that the test sends
 FAKE_SSH = """#!%s -IS
 import json, os, signal, socket, sys
 sock = socket.socket(socket.AF_UNIX)
@@ -61,7 +61,7 @@ class Session:
         return data
 
     def receive(self):
-        """type, id (or version) and the rest of a packet"""
+        """Returns type, id (or version) and the rest of a packet"""
         length, kind, ident = struct.unpack(">IBI", self.read(9))
         return kind, ident, self.read(length - 5)
 
@@ -73,7 +73,6 @@ class Session:
         self.send(sftp.FXP_VERSION, version, extensions)
 
     def end(self, status=0):
-        """The process ends with status"""
         self.sock.close()
         os.close(self.stderr)
         with contextlib.suppress(OSError):
@@ -83,15 +82,15 @@ class Session:
 
 class SSHMirror:
     """
-    What the fake ssh's connect to: runs script(session) for each, in a thread.
-    path is for PATH.
+    The peer of the fake ssh processes, for each of which it runs script(session)
+    in a thread. path is the directory of the fake ssh, for PATH.
     """
     def __init__(self, script, path):
         self.script = script
         self.path = path
         self.sessions = []
         self.failures = []
-        # Abstract, since a path may be too long
+        # An abstract name, since a path may be too long
         address = "\0bitbake-sftp-" + secrets.token_hex(16)
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(address)
@@ -112,7 +111,7 @@ class SSHMirror:
             try:
                 self.sessions.append(Session(control))
             except ValueError:
-                # Ended before it could send anything
+                # The process has ended before it could send anything
                 control.close()
                 continue
             thread = threading.Thread(target=self.run, args=(self.sessions[-1],))
@@ -138,11 +137,11 @@ class SSHMirror:
 
 class Server:
     """
-    A plain SFTP server of files in memory (name: content), None for a directory
-    and an Exception's subclass for one that must not be read.
+    An SFTP server of files in memory, {name: content}: None for a directory, and a
+    class of exceptions for a file that cannot be opened.
     """
     extensions = b""
-    # What FSTAT and STAT answer where it differs from the content
+    # {name: size} that FSTAT and STAT report if it differs from the content
     sizes = {}
     max_read = 1 << 20
 
@@ -151,7 +150,7 @@ class Server:
         self.handles = {}
         self.opened = 0
         self.most_handles = 0
-        # Names and ranges of the READs, in their order
+        # Names and ranges of the READs, in order
         self.reads = []
 
     def __call__(self, session):
@@ -205,11 +204,11 @@ class Server:
 
 
 class Shuffling(Server):
-    """Receives all that is sent before it answers, the last first"""
+    """Receives all packets in flight before it answers, in reverse order"""
     def __init__(self, files):
         super().__init__(files)
-        # Bytes that READs asked for at a time
-        self.asked = []
+        # Bytes of the READs that were in flight together
+        self.in_flight = []
 
     def __call__(self, session):
         session.greet(extensions=self.extensions)
@@ -218,7 +217,7 @@ class Shuffling(Server):
             before = len(self.reads) - (answers[0][0] == sftp.FXP_DATA)
             while select.select([session.sock], [], [], 0.01)[0]:
                 answers.append(self.answer(*session.receive()))
-            self.asked.append(sum(size for _, _, size in self.reads[before:]))
+            self.in_flight.append(sum(size for _, _, size in self.reads[before:]))
             for answer in reversed(answers):
                 session.send(*answer)
 
@@ -234,7 +233,7 @@ def status(ident, code, text=""):
 
 
 class SFTPTest(ConnectionsTest):
-    """No ssh may be left when the ConnectionServer has stopped"""
+    """Base class: checks that all ssh processes have ended when the ConnectionServer has stopped"""
 
     def setUp(self):
         super().setUp()
@@ -257,7 +256,7 @@ class SFTPTest(ConnectionsTest):
         environment = dict({"PATH": self.mirrors[-1].path}, **environment)
         if method == "GET" and "fd" not in members:
             members["fd"] = self.open("file%s" % len(os.listdir(self.tempdir)))
-            # Of an earlier attempt
+            # Data of an earlier attempt
             os.pwrite(members["fd"], b"old", 1000000)
         return super().request(method, "sftp://" + host + path, environment, **members)
 
@@ -286,7 +285,7 @@ class FilesTest(SFTPTest):
         self.assertEqual(len(mirror.sessions), 1)
 
     def all_closed(self, server):
-        # Sent after the CLOSEs
+        # This is sent after the CLOSEs
         self.assertEqual(self.ask(self.request("HEAD", "/other/%s" % len(self.outcomes))), [(404, None)])
         self.assertEqual(server.handles, {})
 
@@ -306,7 +305,7 @@ class FilesTest(SFTPTest):
     def test_get_with_known_sizes(self):
         server = Server({})
         self.get_all(server, known=True)
-        # With a byte that would be there if it had grown
+        # With one byte more, to notice growth
         self.assertIn(("/5000", 0, 5001), server.reads)
 
     def test_answers_in_another_order(self):
@@ -367,7 +366,7 @@ class FilesTest(SFTPTest):
 
     def test_cancelled(self):
         class Cancelling(Server):
-            """Cancels what is read the second time"""
+            """Cancels a request after its second READ"""
             def answer(self, kind, ident, body):
                 if len(self.reads) == 2:
                     self.request.cancelled = True
@@ -392,15 +391,15 @@ class FilesTest(SFTPTest):
         server = Limited({})
         self.get_all(server, (8000001, 8000000) + tuple(range(40)))
         self.assertEqual(server.most_handles, 3)
-        self.assertLessEqual(max(server.asked), sftp.WINDOW)
-        self.assertGreater(max(server.asked), sftp.WINDOW // 2)
+        self.assertLessEqual(max(server.in_flight), sftp.WINDOW)
+        self.assertGreater(max(server.in_flight), sftp.WINDOW // 2)
         self.assertEqual(max(size for _, _, size in server.reads), sftp.MAX_READ)
-        # Both large files are read at the same time: neither is asked for to its end long before the other
+        # Both large files are read concurrently: the READs of neither end long before those of the other
         large = [name for name, _, _ in server.reads if name in ("/8000001", "/8000000")]
         self.assertGreater(min(max(i for i, name in enumerate(large) if name == each) for each in set(large)), len(large) * 0.65)
 
     def test_limits_that_are_announced_late(self):
-        """STATs do not wait for them, OPENs do"""
+        """OPENs wait for them, STATs do not"""
         stated = threading.Event()
 
         class Late(Shuffling):
@@ -428,10 +427,10 @@ class FilesTest(SFTPTest):
 
 
 class FaultsTest(SFTPTest):
-    """What is retried on another session, and what is not. A host is the name of its fault."""
+    """Which faults lead to a retry in another session. The host names are those of the faults."""
 
     def faulty(self, faults, server=None):
-        """Let the first session of each host run a script from faults, and others run server"""
+        """The first session of each host runs a script from faults, all others server"""
         faults = dict(faults)
         server = server or Server({"/x": b"x"})
         return self.mirror(lambda session: faults.pop(session.host, server)(session))
@@ -462,12 +461,12 @@ class FaultsTest(SFTPTest):
         for name, outcome in zip(answers, self.ask(*requests)):
             with self.subTest(name=name):
                 self.assertEqual(outcome, (200, 1))
-                # A session may end at any time
+                # A session may end at any time, which does not count as a retry
                 self.assertEqual((self.count("connections", name), self.count("retries", name)), (2, 0 if name == "closed" else 1))
                 self.assertEqual(self.count("refusals", name), 0)
 
     def test_malformed_data(self):
-        """The request fails as it stays so"""
+        """The request fails after several attempts"""
         data = {"more": string(b"x" * 32769), "none": string(b""), "short": b"\0\0\0\7xxx"}
 
         class Lying(Server):
@@ -488,15 +487,15 @@ class FaultsTest(SFTPTest):
         def fault(session):
             session.greet()
             idents = [session.receive()[1] for _ in range(3)]
-            # Both at once
+            # In a single read
             session.sock.sendall(encode(*status(idents[1], sftp.FX_NO_SUCH_FILE)) + encode(*status(12345, 0)))
 
         self.faulty({"mirror": fault}, Server({"/%s" % n: content(n) for n in range(3)}))
-        # Else the second session would have it
+        # The second session would report that the file exists
         self.assertEqual(self.ask(*[self.request("HEAD", "/%s" % n) for n in range(3)]), [(200, 0), (404, None), (200, 2)])
 
     def test_silence(self):
-        """While nothing is announced, nothing answered, and during the login"""
+        """Instead of the limits, of an answer, and during the login"""
         def silent(session):
             if session.host != "login":
                 session.greet(extensions=string(b"limits@openssh.com") + string(b"1") if session.host == "limits" else b"")
@@ -511,7 +510,7 @@ class FaultsTest(SFTPTest):
         self.assertEqual(sorted(opened), [False, True])
 
     def test_errors_of_ssh(self):
-        """Some are permanent, some mean that the host refuses, with others it cannot be reached"""
+        """Some are permanent, some indicate that the host refuses, and others that it cannot be reached"""
         permanent = ("Host key verification failed.", "somebody@mirror: Permission denied (publickey,password).",
                      "Received disconnect from 127.0.0.1 port 22:2: Too many authentication failures",
                      "ssh: Could not resolve hostname mirror: Name or service not known",
@@ -540,9 +539,9 @@ class FaultsTest(SFTPTest):
                 else:
                     self.assertEqual(outcome, (200, 1))
                 self.assertEqual(self.count("refusals", host), 1 if texts[host] in refused else 0)
-        # A permanent error is not tried again
+        # Permanent errors are not retried
         self.assertEqual(len(mirror.sessions), len(permanent) + 2 * len(refused + others))
-        self.assertEqual(len([host for host in self.server.pool.hosts.values() if host.health.trouble]), len(permanent))
+        self.assertEqual(len([host for host in self.server.pool.hosts.values() if host.health.suspension_reason]), len(permanent))
         self.assertIsInstance(self.ask(self.request("HEAD", "/y", "0"))[0], ConnectError)
         self.assertEqual(len(mirror.sessions), len(permanent) + 2 * len(refused + others))
 
@@ -555,7 +554,7 @@ class FaultsTest(SFTPTest):
         for error in errors:
             self.assertIs(type(error), ConnectError)
             self.assertFalse(error.retryable)
-        self.assertRegex(str(errors[0]), r"cannot connect to text: instead of SFTP the server sends 'Welcome\? to mirror'.*bashrc")
+        self.assertRegex(str(errors[0]), r"cannot connect to text: the server sent 'Welcome\? to mirror' instead of SFTP.*bashrc")
         self.assertEqual(len(mirror.sessions), len(greetings))
 
     def test_program_that_cannot_be_started(self):
@@ -568,20 +567,20 @@ class FaultsTest(SFTPTest):
 
 
 class SSHTest(SFTPTest):
-    """How ssh is started and ended"""
+    """Start and end of ssh"""
 
     def test_command_and_environment(self):
         os.environ["BITBAKE_TEST_SFTP"] = "not for ssh"
         self.addCleanup(os.environ.pop, "BITBAKE_TEST_SFTP")
         mirror = self.mirror(Server({}))
-        # A ProxyCommand may need the last
+        # The last one may be needed by a ProxyCommand
         environment = {"HOME": "/home/somebody", "SSH_AUTH_SOCK": "/agent", "SOME_TOKEN": "secret"}
         self.ask(self.request("HEAD", "/x", "somebody@Mirror.example:2222", environment))
         session, = mirror.sessions
         self.assertEqual([argument for argument in session.arguments if not argument.startswith("-o")],
                          ["-p", "2222", "-l", "somebody", "-s", "--", "Mirror.example", "sftp"])
         self.assertIn("-oBatchMode=yes", session.arguments)
-        # Python sets it where there is no locale
+        # Python sets this if there is no locale
         session.environment.pop("LC_CTYPE", None)
         self.assertEqual(session.environment, dict(environment, PATH=mirror.path))
 
@@ -589,7 +588,7 @@ class SSHTest(SFTPTest):
         self.assertEqual(mirror.sessions[1].arguments[-4:], ["-s", "--", "::1", "sftp"])
 
     def test_path_of_a_recipe(self):
-        """If it finds the same ssh as that of another recipe, both use the same session"""
+        """Recipes whose PATH leads to the same ssh share a session"""
         mirror = self.mirror(Server({"/%s" % n: content(n) for n in range(6)}))
         path = mirror.path
         hosttools = tempfile.mkdtemp(dir=self.tempdir)
@@ -602,7 +601,7 @@ class SSHTest(SFTPTest):
         self.assertEqual(sessions, [1, 1, 1, 2])
 
     def test_stop(self):
-        """A login is not interrupted, since sshd counts those: ssh has time to finish it when its input ends"""
+        """Logins are not interrupted, since sshd counts that: ssh has time to finish them after its input has ended"""
         waiting = threading.Barrier(3, timeout=SECONDS)
         finished = []
 
@@ -614,7 +613,7 @@ class SSHTest(SFTPTest):
                 while session.read(1):
                     pass
             except EOFError:
-                # Its end of this is closed if it is killed
+                # If ssh is killed, its end of this socket is closed
                 finished.append(not select.select([session.control], [], [], 0.3)[0])
 
         self.mirror(script)
@@ -628,7 +627,13 @@ class SSHTest(SFTPTest):
     def test_stop_with_an_ssh_that_does_not_end(self):
         over = threading.Event()
         self.addCleanup(over.set)
-        mirror = self.mirror(lambda session: (session.greet(), session.send(*status(session.receive()[1], sftp.FX_NO_SUCH_FILE)), over.wait(SECONDS)) and None)
+
+        def script(session):
+            session.greet()
+            session.send(*status(session.receive()[1], sftp.FX_NO_SUCH_FILE))
+            over.wait(SECONDS)
+
+        mirror = self.mirror(script)
         self.ask_hosts(["mirror", "stubborn"])
         self.assertTrue(self.server.stop())
         for session in mirror.sessions:

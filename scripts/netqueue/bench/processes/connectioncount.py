@@ -38,7 +38,7 @@ def main(lib, url, files, connections, most, folder):
     server.submit(list(left), answered, first=not folder)
     while left:
         server.deliver(0.1)
-        peak = max([peak] + [host.lanes.size for host in list(server.pool.hosts.values())])
+        peak = max([peak] + [host.connections.size for host in list(server.pool.hosts.values())])
         if time.monotonic() - started > SECONDS:
             sys.exit("no answer within %d s" % SECONDS)
     print(json.dumps({"seconds": time.monotonic() - started, "connections": peak}), flush=True)

@@ -12,7 +12,6 @@
 SSTATE_PKGSPEC = "sstate:${PN}:${PACKAGE_ARCH}${TARGET_VENDOR}-${TARGET_OS}:${PV}:${PR}:${PACKAGE_ARCH}:14:"
 BB_HASHFILENAME = "False ${SSTATE_PKGSPEC} ${SSTATE_PKGSPEC}"
 BB_HASHCHECK_FUNCTION = "sstate_checkhashes"
-sstate_checkhashes[settings] = "SSTATE_DIR SSTATE_MIRRORS SSTATE_MIRROR_ALLOW_NETWORK OE_SHARED_UMASK"
 BB_SETSCENE_DEPVALID = "setscene_depvalid"
 SSTATE_MIRRORS ?= ""
 
@@ -115,7 +114,8 @@ def sstate_query_mirror(tasklist, d, siginfo, presence):
         if sizes is not None:
             if not siginfo and hasattr(presence, "fetchable"):
                 files = {tid: (name, name + ".siginfo") for tid, name in tasklist if tid in sizes}
-                presence.fetchable(files, bb.utils.to_filemode(d.getVar("OE_SHARED_UMASK")))
+                presence.fetchable(files, bb.utils.to_filemode(d.getVar("OE_SHARED_UMASK")),
+                                   settings=("SSTATE_DIR", "SSTATE_MIRRORS", "SSTATE_MIRROR_ALLOW_NETWORK", "OE_SHARED_UMASK"))
             return set(sizes)
     return sstate_query_each(tasklist, localdata, title, d)
 
