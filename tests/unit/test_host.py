@@ -11,7 +11,7 @@ from bb.connections.failures import ATTEMPTS, REFUSED_ATTEMPTS
 from bb.connections.connectionset import IDLE, SLOW, UNUSED
 from bb.connections.http import MAX_REDIRECTS
 from bb.connections.request import Response
-from bb.connections.pool import MAX_CONNECTIONS
+from bb.connections.pool import MAX_ALL, MAX_CONNECTIONS
 from support.asking import Asked
 from support.mirror import FOUND, NEVER, REFUSED, Mirror, Simulation
 
@@ -587,10 +587,18 @@ def test_too_many_hosts(simulate, deep):
     hosts = ["http://host%s.example/" % i for i in range(200)]
     deep.latency = 1
     outcomes = simulation.statuses("HEAD", hosts)
-    assert deep.peak == MAX_CONNECTIONS
-    assert outcomes.count(200) == MAX_CONNECTIONS
+    assert deep.peak == MAX_ALL
+    assert outcomes.count(200) == MAX_ALL
     assert {error.kind for error in outcomes if error != 200} == {"connect"}
     assert [host.health.suspension_reason for host in simulation.pool.hosts.values()] == [None] * 200
+
+
+def test_host_beside_a_busy_one(simulate, mirror):
+    """All connections are those of another host: there is one more for this one, and nothing counts as missing."""
+    simulation = simulate(mirror, limit=MAX_CONNECTIONS)
+    outcomes = simulation.statuses("HEAD", ["http://busy.example/%s" % i for i in range(5 * MAX_CONNECTIONS)] + ["http://other.example/x"])
+    assert mirror.peak == MAX_CONNECTIONS + 1
+    assert outcomes == [200] * (5 * MAX_CONNECTIONS + 1)
 
 
 def test_places_of_closed_connections_are_free_again(simulate, deep):

@@ -31,16 +31,19 @@ MOST_CONNECTIONS = 16
 # enabled is a bool, connections and most_connections are per host, sources is a list, prefetch a number of objects
 Settings = collections.namedtuple("Settings", "enabled connections most_connections sources prefetch")
 
+def is_enabled(d):
+    """Return whether BB_CONNECTION_CACHE permits shared connections. Raises ValueError if its value is invalid."""
+    return bb.utils.to_boolean((d.getVar("BB_CONNECTION_CACHE") or "").strip() or None, True)
+
 def settings(d):
     """
     Return the Settings from the datastore d. Raises ValueError with a message
     for the user, of one line.
     """
-    value = d.getVar("BB_CONNECTION_CACHE")
     try:
-        enabled = bb.utils.to_boolean(value.strip() if value else None, True)
+        enabled = is_enabled(d)
     except ValueError:
-        raise invalid("BB_CONNECTION_CACHE", value, '"0" or "1"') from None
+        raise invalid("BB_CONNECTION_CACHE", d.getVar("BB_CONNECTION_CACHE"), '"0" or "1"') from None
 
     limit = number("BB_CONNECTION_CACHE_MAX", d.getVar("BB_CONNECTION_CACHE_MAX"), None, 1, 64)
     prefetch = number("BB_SETSCENE_PREFETCH", d.getVar("BB_SETSCENE_PREFETCH"), 64, 0, 1024)

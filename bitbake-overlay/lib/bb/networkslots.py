@@ -66,8 +66,8 @@ class NetworkSlots:
         self._tasks = set()
         self._setscene = set()
         self._held = set()
-        # Tasks that were refused a slot since a slot was released: with thousands of them, examining each one in every
-        # turn of the runqueue would take too long
+        # Tasks that were refused a slot: while there is none, they are not examined again, since with thousands of them
+        # this would take too long
         self._waiting = set()
         # Time when a slot was last acquired or released, and whether its holders have been reported since
         self._changed_at = 0
@@ -92,10 +92,12 @@ class NetworkSlots:
 
     def waiting(self):
         """Return the tasks that are known to wait for a slot. Reports tasks that hold all slots for long."""
+        if not self.full():
+            return frozenset()
         if self._waiting and not self._reported and time.monotonic() - self._changed_at > REPORT_AFTER:
             self._reported = True
             logger.info("All %d network slots have been in use for %d seconds by %s, other tasks are waiting",
-                        self.limit, REPORT_AFTER, ", ".join(sorted(self._held)))
+                        self.limit, REPORT_AFTER, ", ".join(sorted(tid + "_setscene" if tid in self._setscene else tid for tid in self._held)))
         return self._waiting
 
     def remove_waiting(self, buildable, runs):
@@ -119,19 +121,19 @@ class NetworkSlots:
         """Release the slot of tid, if it holds one"""
         if tid in self._held:
             self._held.remove(tid)
-            self._changed()
+            self._note_change()
 
     def _acquire(self, tid):
         if self.full() and tid not in self._held:
             logger.debug2("%s waits for a network slot, %d of %d are in use", tid, self.used, self.limit)
             self._waiting.add(tid)
             return False
+        self._waiting.discard(tid)
         self._held.add(tid)
-        self._changed()
+        self._note_change()
         self.peak = max(self.peak, len(self._held))
         return True
 
-    def _changed(self):
-        self._waiting.clear()
+    def _note_change(self):
         self._changed_at = time.monotonic()
         self._reported = False

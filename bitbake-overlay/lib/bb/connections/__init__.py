@@ -14,8 +14,7 @@ modules import only from those below them; the error classes are in this file:
     client.py           blocking client of the socket, for tasks
     server.py           the thread: accepts batches of requests, delivers batches of answers
     peers.py            the server's end of the socket; protocol.py: the messages
-    pool.py             all hosts, and the cache of answers. To add a protocol, add a subclass
-                        of connection.Connection and a coroutine to PROTOCOLS.
+    pool.py             all hosts, and the cache of answers; PROTOCOLS
     host.py             one host: dispatches its requests (requestqueue.py), sorts the answers
     failures.py         retries. HTTPConnection.classify() makes a 503 a RefusedError, which
                         refused() in here handles; diagnosis.py: file or host at fault?
@@ -24,6 +23,10 @@ modules import only from those below them; the error classes are in this file:
     pipelining.py       requests in flight on a connection; ratelimit.py: requests per second
     http.py, splice.py, sftp.py, ssh.py, connection.py (base class)     the protocols
     request.py          a request with its URL and route, and its answer
+
+A new protocol needs a subclass of connection.Connection and a coroutine that opens
+it in PROTOCOLS, its URLs and routes in request.py, and supports(), environment() and
+describe_mirror() in fetch2/shared.py.
 """
 
 

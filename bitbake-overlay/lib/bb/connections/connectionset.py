@@ -195,10 +195,14 @@ class ConnectionSet:
         # A connection that waits for a slow answer does not count, up to the absolute limit
         health = self._host.health
         if self.size < health.limit or self.size - self._slow_count() < health.limit and self.size < health.most:
-            if not self._pool.has_room() and not self.size and not self._pool.make_room():
-                error = ConnectError("%s: connections to too many hosts are open" % self._host.origin.host, False)
-                self._host.fail(route, error)
-            return self._pool.has_room()
+            if self.size or self._pool.has_room():
+                return self._pool.has_room()
+            # Each host may have one
+            if self._pool.make_room():
+                return True
+            error = ConnectError("%s: connections to too many hosts are open" % self._host.origin.host, False)
+            self._host.fail(route, error)
+            return False
         if not self.opening(route) and not self.of_route(route) and self.established and \
                 not any(connection.retiring for connection in self.established):
             min(self.established, key=lambda connection: len(connection.in_flight)).retiring = True

@@ -22,9 +22,11 @@ from bb.connections import Cancelled, http, sftp
 from bb.connections.host import Host
 from bb.connections.request import ABSENT, MISSING, Response
 
-# Connections to all hosts together: each uses up to four descriptors, of which select() in server/process.py, in the same
-# process, supports only the first 1024
+# Connections to all hosts together, beyond which a host opens none but its first: each uses up to four descriptors, of
+# which select() in server/process.py, in the same process, supports only the first 1024
 MAX_CONNECTIONS = 64
+# Limit for the first connections as well
+MAX_ALL = 96
 
 # {scheme: (coroutine that opens a connection, its class)}; a protocol is added here
 PROTOCOLS = {"http": (http.connect, http.HTTPConnection), "https": (http.connect, http.HTTPConnection),
@@ -137,13 +139,13 @@ class Pool:
         return sum(host.connections.size for host in self.hosts.values()) < MAX_CONNECTIONS
 
     def make_room(self):
-        """Called by a Host: close an idle connection to another host. Returns False if there is none."""
+        """Called by a Host that has no connection: close an idle one to another host. Returns whether one may be opened."""
         for host in self.hosts.values():
             for connection in host.connections.established:
                 if not connection.in_flight:
                     connection.close()
                     return True
-        return False
+        return sum(host.connections.size for host in self.hosts.values()) < MAX_ALL
 
     def is_healthy(self, origin, route):
         """Whether a host, and the route to it, have not failed since they last succeeded. May be called from any thread."""

@@ -32,6 +32,8 @@ and then one of
     {"id": n, "status": 200, "size": bytes or null, "modified": seconds since the epoch or null}
     {"id": n, "status": other}
     {"id": n, "error": "connect" | "protocol" | "timeout" | "refused" | ..., "message": "..."}
+The kinds of errors are connect, refused and timeout, which are the mirror's and final; and protocol, status, destination,
+cancelled, url and error, after which the client may fetch without the server.
 After status 200 to a GET the file contains exactly size bytes; in all other cases its content is undefined.
 
 A client that receives nothing for SILENCE_SECONDS treats the server as failed. Closing the socket cancels the client's
@@ -72,7 +74,6 @@ def encode(message):
 
 def send(sock, data, fd=None):
     """Send data, which encode() has returned. Blocks as the socket does; raises OSError."""
-    # Not socket.send_fds(), which exists since Python 3.9
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))] if fd is not None else [])
 
 def receive(sock, descriptors=1):

@@ -31,7 +31,7 @@ import bb
 from bb.connections import ConnectionCacheError
 from bb.connections.client import Answer, Client, ServerError
 from bb.connections.request import ABSENT, ENVIRONMENT, HTTP_ENVIRONMENT, MISSING, basic_auth, redact
-from bb.networksettings import ADDRESS
+from bb.networksettings import ADDRESS, is_enabled
 
 logger = logging.getLogger("BitBake.Fetcher")
 
@@ -149,7 +149,7 @@ def _usable(ud, d):
 
 def supports(ud, d):
     """Return whether the user's settings allow fetching ud over shared connections"""
-    if not bb.utils.to_boolean(d.getVar("BB_CONNECTION_CACHE"), True):
+    if not is_enabled(d):
         return False
     if ud.type in ("http", "https"):
         return not d.getVar("FETCHCMD_wget") and "redirectauth" not in ud.parm
