@@ -1,0 +1,43 @@
+# Copyright BitBake Contributors
+# SPDX-License-Identifier: GPL-2.0-only
+"""The tests that the series brings, with the other versions of Python that are installed here."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from netqueue import ROOT
+from netqueue.lab.trees import make_tree
+
+VERSIONS = ["3.%d" % minor for minor in range(9, 15)]
+# Of those that need neither bin/ nor hashserv
+MODULES = ["connections", "fetchurls", "networkslots", "prefetch", "presence", "process", "sftpconnections"]
+
+
+def interpreter(version):
+    """The path of a complete python3.N: beside the one that runs this, as pyenv and uv install them, or in PATH."""
+    beside = Path(sys.base_prefix).parent.glob("*%s.*/bin/python%s" % (version, version))
+    for path in [*map(str, beside), shutil.which("python" + version)]:
+        if path and subprocess.run([path, "-c", "import ssl, sqlite3, zlib"], stderr=subprocess.DEVNULL).returncode == 0:
+            return path
+    return None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_other_python(version, tmp_path):
+    if version == "%d.%d" % sys.version_info[:2]:
+        pytest.skip("the other tests run with this one")
+    python = interpreter(version)
+    if python is None:
+        pytest.skip("Python %s is not installed, or not complete" % version)
+    tree = make_tree(ROOT / "build" / "trees" / "patched", True, ROOT / "build" / "cache")
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1",
+           "PYTHONPATH": str(tree.path / "lib")}
+    done = subprocess.run([python, "-W", "error::SyntaxWarning", "-m", "unittest", *("bb.tests." + name for name in MODULES)],
+                          cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:]
