@@ -1,6 +1,6 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""Mirrors in a bad mood: at least what stock restores is restored, within a bounded time, and one line tells of it.
+"""Mirrors with faults: at least what stock restores is restored, within a bounded time, and one line tells of it.
 
 As users run it by default: objects are fetched ahead of their tasks. CASES.md of the project's notes has the list.
 """

@@ -127,7 +127,12 @@ class Prefetch:
     def fds(self):
         """Return descriptors that are readable when process() has work to do"""
         server = self._connections.server
-        return [server.fileno()] if self._window and server else []
+        if not self._window or not server:
+            return []
+        if self._answers:
+            # A query has received them
+            server.wake()
+        return [server.fileno()]
 
     def changed(self):
         """Note that other tasks may be started, or in another order"""
@@ -272,7 +277,7 @@ class Prefetch:
     def _next_ahead(self, server):
         """Return the next task to fetch an object for, or None"""
         now = time.monotonic()
-        if self._stale and now >= self._reorder_at:
+        if self._stale and self._presence.files and now >= self._reorder_at:
             self._order = {}
             for number, tid in enumerate(filter(self._fetchable, order(self._rqexe))):
                 self._order.setdefault(self._presence.files_of(tid).mirror, collections.deque()).append((number, tid))
@@ -324,6 +329,8 @@ class Prefetch:
         transfer.temporary[name], fd = prefetchfiles.create(final, transfer.files.umask)
         try:
             request = Request(fd=fd, empty=True, **members)
+            if request.origin != transfer.files.mirror[0]:
+                raise ValueError("another mirror has %s" % name)
         except BaseException:
             os.close(fd)
             raise

@@ -40,7 +40,7 @@ logger = logging.getLogger("BitBake.RunQueue")
 
 # Smallest number of objects with a progress bar, as openembedded-core has it
 PROGRESS_FROM = 100
-# Smallest number of objects of which the hash equivalence server has to know a tenth: of few, it may know none by chance
+# Smallest number of objects of which the server is expected to know a tenth; of fewer it may know none by chance
 MANY = 50
 # Variables that select how the fetcher gets an object, besides those of its environment
 FETCHER_SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS", "BB_CHECK_SSL_CERTS", "BB_CONNECTION_CACHE", "FETCHCMD_sftp",
@@ -154,6 +154,9 @@ class Presence:
 
     def _known_to_hashserv(self, objects):
         """Return the objects whose hash the hash equivalence server knows, all if it fails or knows too few of them"""
+        if "hashserv" in self._warned:
+            # Don't wait for its time-outs again
+            return objects
         try:
             exist = bb.parse.siggen.unihashes_exist
         except AttributeError:

@@ -17,7 +17,7 @@ BENCHMARKS = [("dispatch", dispatch, "CPU seconds in which the runqueue starts t
               ("build", build, "how long it takes to restore all objects of a build"),
               ("install", install, "what it costs to install objects that are all local"),
               ("overhead", overhead, "what a build costs that the series has nothing to gain for"),
-              ("faults", faults, "what is restored from mirrors in a bad mood"),
+              ("faults", faults, "what is restored from mirrors with faults"),
               ("fuzz", fuzz, "mutated input for the parsers of the shared connections"),
               ("kills", kills, "what is left of builds that are killed while they restore")]
 

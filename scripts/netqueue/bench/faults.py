@@ -1,6 +1,6 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""What builds restore from mirrors in a bad mood: `scripts/bench faults`.
+"""What builds restore from mirrors with faults: `scripts/bench faults`.
 
 Stock and patched bitbake go through the same situations with real builds, each
 from nothing and with a mirror of its own. faultymirrors.py has the list; --list

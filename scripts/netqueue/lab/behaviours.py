@@ -44,7 +44,7 @@ class Page(Behaviour):
 
 
 class Bans(Behaviour):
-    """403 for 10 s to who asks more than 50 times in a second"""
+    """403 for 10 s to a client that sends more than 50 requests in a second"""
 
     def __init__(self, names):
         super().__init__(names)

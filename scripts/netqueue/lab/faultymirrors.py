@@ -235,7 +235,7 @@ SITUATIONS = [
     case("healthy", "is healthy (nginx)", nginx),
     fault("A1", "swaps neighbouring answers now and then, all objects having one size", behaviours.Swaps, many=True),
     fault("A2", "answers everything with the same HTML page", behaviours.Page),
-    fault("B1", "answers 403 for 10 s to who asks more than 50 times a second", behaviours.Bans),
+    fault("B1", "answers 403 for 10 s to a client that sends more than 50 requests a second", behaviours.Bans),
     fault("B3", "answers 204 to HEAD", behaviours.NoContent),
     fault("B5", "ends lines with LF only", behaviours.LineFeeds),
     fault("B6", "sends folded headers, `Transfer-Encoding: identity` and a blank before a colon", behaviours.OldHeaders),

@@ -36,7 +36,7 @@ class Files:
         self.umask = 0o002
 
     def describe(self, name):
-        return {"method": "GET", "url": "http://mirror.example/" + name, "environment": {}}
+        return {"method": "GET", "url": "http://%s/%s" % (self.mirror[0].host, name), "environment": {}}
 
 
 class Connections:
@@ -190,7 +190,7 @@ class PrefetchTest(unittest.TestCase):
         self.connections = Connections(window)
         self.files = {tid: Files(self.tempdir, tid) for tid in deps}
         self.local = []
-        self.presence = types.SimpleNamespace(files_of=self.files.get, local=self.local.extend, is_local=self.local.__contains__)
+        self.presence = types.SimpleNamespace(files=self.files, files_of=self.files.get, local=self.local.extend, is_local=self.local.__contains__)
         self.prefetch = Prefetch(self.queue, self.connections, self.presence)
         self.addCleanup(self.close)
 
@@ -368,10 +368,21 @@ class PrefetchTest(unittest.TestCase):
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["c", "d"])
 
+    def test_siginfo_on_another_mirror(self):
+        """The task fetches such an object"""
+        self.make({"a": set()})
+        describe = self.files["a"].describe
+        self.files["a"].describe = lambda name: dict(describe(name), url="http://%s.example/%s" % (
+            "other" if name.endswith(".siginfo") else "mirror", name))
+        self.prefetch.process()
+        self.assertEqual(self.connections.tids(), [])
+        self.assertTrue(self.prefetch.request_or_ready("a"))
+
     def test_one_of_two_mirrors_fails(self):
         self.make(self.chain, window=4)
-        self.files["a"].mirror = self.files["c"].mirror = "other.example", "route"
-        self.connections.failed.add("other.example")
+        other = Origin("http", "other.example", 80, "")
+        self.files["a"].mirror = self.files["c"].mirror = other, "route"
+        self.connections.failed.add(other)
         self.prefetch.process()
         self.assertEqual(self.connections.tids(), ["b", "d", "e"])
         self.connections.failed.clear()

@@ -321,6 +321,7 @@ class HashservTest(OneMirrorTest):
         self.assertEqual(self.query(["ab/5"]), {"ab/5": 5})
         self.assertEqual(self.query(["ab/6"]), {"ab/6": 6})
         self.warning.assert_called_once()
+        self.siggen.unihashes_exist.assert_called_once()
 
     def test_no_server(self):
         del self.siggen.unihashes_exist
