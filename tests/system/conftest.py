@@ -27,7 +27,7 @@ from system.peer import FaultyMirror
 # So many objects have each kind and size: one of 10 MiB, four of 1 MiB
 MANY = 50
 FEW = 8
-# Each task fetches its own
+# Tasks fetch their objects themselves
 OFF = 'BB_SETSCENE_PREFETCH = "0"'
 
 
@@ -144,16 +144,10 @@ def faulty_mirror(mirror_files):
 
 
 @pytest.fixture
-def make_build(tmp_path, request):
-    """
-    Called with a tree, a mirror and what Build takes, returns a Build of FEW objects. Outside of test_prefetch*.py and
-    test_never_worse.py nothing is fetched ahead of the tasks: there it is about tasks that fetch.
-    """
-    ahead = request.module.__name__.rpartition(".")[2].startswith(("test_prefetch", "test_never_worse"))
-    alone = "" if ahead else OFF + "\n"
+def make_build(tmp_path):
+    """Called with a tree, a mirror and what Build takes, returns a Build of FEW objects."""
     with contextlib.ExitStack() as stack:
         def make(tree, mirror, name=None, **options):
-            options["extra_conf"] = alone + options.get("extra_conf", "")
             build = Build(tmp_path / (name or tree.name), tree, mirror=mirror,
                           **{"objects": FEW, "levels": 1, **options})
             stack.callback(build.clean)

@@ -24,7 +24,7 @@ def final_names(build, recipe):
 
 
 def test_gone_after_the_query(faulty_mirror, mirror_files, make_build, patched_tree):
-    """404 for objects whose HEAD was answered with 200"""
+    """GET is answered with 404 for objects whose HEAD is answered with 200: no error, their real tasks can run."""
     def fault(talk, request, body):
         if request.method == "GET" and (is_object(request, SMALL) or is_object(request, LARGE)):
             talk.answer(request, b"gone", status=404)
@@ -34,13 +34,15 @@ def test_gone_after_the_query(faulty_mirror, mirror_files, make_build, patched_t
     build = make_build(patched_tree, server)
     result = restore(build)
     assert build.restored() == all_but(SMALL, LARGE)
+    assert result.returncode == 0 and not any(line.startswith("ERROR") for line in problems(result.output))
     assert final_names(build, SMALL) == final_names(build, LARGE) == []
-    # That there is no such file is an answer: neither a second try nor wget
-    assert len(server.asked("GET", SMALL)) == len(server.asked("GET", LARGE)) == 1
+    # That there is no such file is an answer, also for the task and for wget. Behind other requests on its connection it may be
+    # the answer to one of these: so it is asked again alone, once.
+    assert 1 <= len(server.asked("GET", SMALL)) <= 2 and 1 <= len(server.asked("GET", LARGE)) <= 2
     assert not any(by_wget(request) for request in server.requests)
-    assert server.peer.connections <= 4
+    assert server.peer.peak <= 4
     assert damaged(build.sstate, mirror_files) == []
-    assert summary(result.output).retries == 0
+    assert summary(result.output).retries == len(server.asked("GET", SMALL) + server.asked("GET", LARGE)) - 2
 
 
 def restore_everything(build, mirror_files):
@@ -99,7 +101,8 @@ def test_body_always_wrong(announced_more, faulty_mirror, mirror_files, make_bui
     # What wget leaves, with stock, too
     assert all(name.endswith(".tar.zst.tmp") for name in unfinished(build.sstate))
     asked = server.asked("GET", LARGE)
-    assert len([request for request in asked if not by_wget(request)]) == 4
+    # The tries of who fetches ahead, and those of the task
+    assert len([request for request in asked if not by_wget(request)]) == 2 * 4
     assert [request for request in asked if by_wget(request)]
 
 

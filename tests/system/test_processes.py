@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from system.conftest import FEW
+from system.conftest import FEW, OFF
 from system.observe import (SECONDS, add_class, connections_to, damaged, problems, restore, server_log, server_pid,
                             shared_sockets, summary, thread_count, wait_until)
 from system.peer import is_archive
@@ -60,9 +60,9 @@ def interrupt(running, build, command):
 
 
 def test_interrupted_once(held, mirror_files, make_build, patched_tree):
-    """What is being fetched is fetched to its end, and nothing else."""
+    """What tasks are fetching is fetched to its end, and nothing else: test_prefetch_faults.py has what is fetched ahead."""
     hold, server = held()
-    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
+    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED, extra_conf=OFF)
     running = started(build)
     try:
         wait_until(lambda: len(hold.waiting) == 2, "two tasks wait for their object")
@@ -92,8 +92,9 @@ def interrupted_twice(hold, build, number, what):
 
 
 def test_interrupted_twice(held, mirror_files, make_build, patched_tree):
+    """Tasks that are fetching are killed: test_prefetch_faults.py has what is fetched ahead."""
     hold, server = held()
-    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
+    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED, extra_conf=OFF)
     interrupted_twice(hold, build, 2, "two tasks wait for their object")
     assert len(hold.waiting) == 2
     assert damaged(build.sstate, mirror_files) == []
@@ -140,12 +141,11 @@ def test_running_server(held, make_build, patched_tree):
     build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
     running = started(build)
     try:
-        wait_until(lambda: len(hold.waiting) == 2, "two tasks wait for their object")
+        wait_until(lambda: hold.waiting, "an object is being fetched")
         pid = server_pid(build)
-        # Those of the query are kept open
-        assert 2 <= connections_to(server.peer.port, pid) <= 4
-        # The one that listens, and those of the two tasks
-        assert len(shared_sockets(pid)) == 3
+        assert 1 <= connections_to(server.peer.port, pid) <= 4
+        # The one that listens: no task has anything to fetch
+        assert len(shared_sockets(pid)) == 1
         hold.release()
         assert running.wait(SECONDS).returncode == 0
     finally:
@@ -169,11 +169,14 @@ python try_socket() {
 
 
 def test_task_without_network(mirror, make_build, stock_tree, patched_tree):
-    """The kernel refuses it; its object is lost as with stock, the others are restored."""
+    """
+    The kernel refuses it; the object that it would fetch is lost as with stock, the others are restored. What is fetched
+    ahead needs no network of the task.
+    """
     server = mirror()
     seen = {}
     for tree in (stock_tree, patched_tree):
-        build = make_build(tree, server, extra_conf='INHERIT += "no_network"')
+        build = make_build(tree, server, extra_conf=OFF + '\nINHERIT += "no_network"')
         add_class(build, "no_network", NO_NETWORK)
         result = restore(build)
         seen[tree.name] = result.returncode, build.restored()

@@ -31,9 +31,9 @@ def test_as_stock_over_four_connections(protocol, mirror, certificates, make_bui
 
     assert counters["stock"].connections >= 3 * MANY
     assert 1 <= counters["patched"].connections <= 4
-    # What the query has found may be gone when its task asks. The test of pipelining is one more.
+    # Stock's tasks ask again for what the query has found. The test of pipelining is one more.
     assert counters["stock"].requests == 5 * MANY
-    assert counters["patched"].requests == 5 * MANY + 1
+    assert counters["patched"].requests in (3 * MANY, 3 * MANY + 1)
     assert set(counters["patched"].statuses) == {200}
 
     regular = {name: entry for name, entry in files["patched"].items() if stat.S_ISREG(entry.mode)}
@@ -70,7 +70,7 @@ def test_server_ends_connections(mirror, make_build, patched_tree):
     assert (result.returncode, len(build.restored())) == (0, FEW)
     assert problems(result.output) == []
     counters = server.counters()
-    assert 5 * FEW <= counters.requests <= 6 * FEW
+    assert 3 * FEW <= counters.requests <= 4 * FEW
     assert summary(result.output).connections == counters.connections <= counters.requests // 3 + 4
 
 
@@ -85,8 +85,8 @@ def test_absent_objects(mirror, mirror_files, make_build, patched_tree):
     assert len(build.restored()) == FEW
     assert "Mirrors %d Missed 2" % FEW in result.output
     counters = server.counters()
-    # One more is part of the test of pipelining: a HEAD behind an answer of 200, OPTIONS behind one of 404
-    assert counters.statuses in ({200: 5 * FEW + 1, 404: 2}, {200: 5 * FEW, 404: 2, 405: 1})
+    # The test of pipelining is one more: a HEAD behind an answer of 200, OPTIONS behind one of 404
+    assert counters.statuses in ({200: 3 * FEW, 404: 2}, {200: 3 * FEW + 1, 404: 2}, {200: 3 * FEW, 404: 2, 405: 1})
     assert counters.connections <= 4
 
 
@@ -98,7 +98,7 @@ def test_multiconfigs_share(mirror, make_build, patched_tree):
     assert len(build.restored()) == len(build.restored("second")) == FEW
     assert len(build.archives()) == 2 * FEW
     counters = server.counters()
-    assert counters.requests == 5 * 2 * FEW + 1
+    assert counters.requests in (3 * 2 * FEW, 3 * 2 * FEW + 1)
     assert summary(result.output).connections == counters.connections <= 4
     assert summary(result.output).objects == 2 * FEW
 

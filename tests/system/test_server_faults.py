@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from system.conftest import FEW
+from system.conftest import FEW, OFF
 from system.observe import (add_class, damaged, problems, restore, server_pid, summary, unfinished,
                             wait_until)
 from system.peer import is_object, send_part
@@ -43,9 +43,9 @@ python replace_method() {
     ("Peers._accept", "dies"), ("Peer._receive", "dies"), ("Peer._answered", "dies"),
 ])
 def test_thread(method, replacement, mirror, mirror_files, make_build, patched_tree):
-    """The server's thread, when the first task connects, asks, or is answered"""
+    """The server's thread, when the first task connects, asks, or is answered: tasks connect that fetch themselves."""
     server = mirror()
-    build = make_build(patched_tree, server, threads=8, extra_conf='INHERIT += "replace"')
+    build = make_build(patched_tree, server, threads=8, extra_conf=OFF + '\nINHERIT += "replace"')
     add_class(build, "replace", REPLACE % (method, replacement))
     result = restore(build)
     assert result.returncode == 0
