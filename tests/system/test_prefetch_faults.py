@@ -5,14 +5,15 @@
 import os
 import re
 import signal
+import sys
 import threading
 
 import pytest
 
-from netqueue.lab.sshd import Sshd
+from netqueue.lab.sshd import SFTP_SERVERS
 from system.conftest import FEW, OFF
-from system.observe import (SECONDS, add_class, damaged, names, outcome, problems, restore, server_log,
-                            server_pid, summary, unfinished, wait_until)
+from system.observe import (SECONDS, add_class, damaged, names, outcome, problems, restore, server_pid, summary,
+                            unfinished, wait_until)
 from system.peer import CLOSE, HANDLED, is_object, send_part
 from system.test_prefetch import ALL
 from system.test_processes import UNBUFFERED, interrupt, started
@@ -164,43 +165,6 @@ def in_the_middle(build, hold):
     return running
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_interrupted(times, held_half, make_build, patched_tree):
-    """What was under way for tasks that were not started is given up: the mirror is not waited for."""
-    hold, server = held_half()
-    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED)
-    running = in_the_middle(build, hold)
-    try:
-        interrupt(running, build, "stateShutdown")
-        if times == 2:
-            running.interrupt()
-            # It may have ended by itself: no task runs
-            wait_until(lambda: "'stateForceShutdown'" in server_log(build) or running.process.poll() is not None,
-                       "the server was told stateForceShutdown")
-        result = running.wait(SECONDS)
-    finally:
-        running.kill()
-    assert not hold.released.is_set()
-    assert result.returncode != 0 and result.left == 0
-    assert build.restored() == [] and names(build.sstate) == []
-
-
-def test_interrupted_over_sftp(any_mirror, make_build, mirror_files, tmp_path, patched_tree):
-    """No ssh is left, and nothing half, wherever it was."""
-    server = any_mirror("sftp")
-    build = make_build(patched_tree, server, threads=1, environment=UNBUFFERED)
-    running = started(build)
-    try:
-        wait_until(build.restored, "one is restored", SECONDS)
-        # It may have ended by itself
-        running.interrupt()
-        result = running.wait(SECONDS)
-    finally:
-        running.kill()
-    assert isinstance(server, Sshd) and result.left == 0
-    assert unfinished(build.sstate) == [] and damaged(build.sstate, mirror_files) == []
-
-
 # One task runs until it is told to end
 LASTING = """
 do_populate_setscene[postfuncs] += "${@'last' if d.getVar('PN') == 'demo-0001' else ''}"
@@ -213,6 +177,66 @@ python last() {
     bb.fatal("not told to end")
 }
 """
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted(times, held_half, mirror_files, make_build, patched_tree):
+    """
+    What is under way is given up at once, before the task that runs has ended: the mirror is not waited for. Nor is the task
+    after the second Ctrl-C.
+    """
+    hold, server = held_half([LARGE], pipelined=False)
+    build = make_build(patched_tree, server, threads=2, environment=UNBUFFERED, extra_conf='INHERIT += "lasting"')
+    add_class(build, "lasting", LASTING)
+    running = started(build)
+    try:
+        wait_until(lambda: build.restored() == lost(LARGE) and half_files(build), "half of the last one is there", SECONDS)
+        interrupt(running, build, "stateShutdown")
+        wait_until(lambda: not half_files(build), "what was under way is given up", SECONDS)
+        if times == 2:
+            interrupt(running, build, "stateForceShutdown")
+        else:
+            (build.directory / "end").touch()
+        result = running.wait(SECONDS)
+    finally:
+        running.kill()
+    assert not hold.released.is_set()
+    assert result.returncode != 0 and result.left == 0
+    assert build.restored() == lost(LARGE) and len(names(build.sstate)) == 2 * len(lost(LARGE))
+    assert damaged(build.sstate, mirror_files) == [] and unfinished(build.sstate) == []
+
+
+# Stands in for sftp-server: after so many bytes it sends nothing more, as over a line that has died
+DEAD_LINE = """#!%s
+import os, subprocess
+output = subprocess.Popen(["%s"], stdout=subprocess.PIPE).stdout.fileno()
+sent = 0
+while True:
+    data = os.read(output, 65536)
+    if not data:
+        break
+    if sent < 300000:
+        sent += os.write(1, data)
+"""
+
+
+def test_interrupted_over_sftp(any_mirror, make_build, mirror_files, tmp_path, patched_tree):
+    """In the middle of the large one: no ssh is left, and nothing half."""
+    script = tmp_path / "dead-line"
+    script.write_text(DEAD_LINE % (sys.executable, next(path for path in SFTP_SERVERS if os.path.exists(path))))
+    script.chmod(0o755)
+    server = any_mirror("sftp", extra="ForceCommand %s" % script)
+    build = make_build(patched_tree, server, environment=UNBUFFERED)
+    running = started(build)
+    try:
+        wait_until(lambda: [name for name in half_files(build) if LARGE in name], "a part of the large one is there", SECONDS)
+        interrupt(running, build, "stateShutdown")
+        result = running.wait(SECONDS)
+    finally:
+        running.kill()
+    assert result.returncode != 0 and result.left == 0
+    assert LARGE not in build.restored()
+    assert unfinished(build.sstate) == [] and damaged(build.sstate, mirror_files) == []
 
 
 def fill_disk(build, running, hold, ahead):
