@@ -10,6 +10,7 @@ import collections
 import re
 import shutil
 import threading
+import urllib.parse
 
 import pytest
 
@@ -209,6 +210,80 @@ def test_order_and_window(window, threads, faulty_mirror, telling, patched_tree)
              if any(place[other] > place[name] for other in others)}
     assert wrong == {}
     assert max(counting.ahead) <= max(window, threads) + threads
+
+
+# As openembedded-core's packages need virtual/fakeroot-native, which else comes late
+NEEDED, NEEDING = "demo-0014", ("demo-0045", "demo-0050")
+STARTS = """
+do_populate_setscene[depends] = "${@'%s:do_populate_setscene' if d.getVar('PN') in %s else ''}"
+do_populate_setscene[prefuncs] += "tell_start"
+python tell_start() {
+    with open(d.expand("${TOPDIR}/starts"), "a") as f:
+        f.write((d.getVar("BB_CURRENT_MC") or "default") + d.expand(" ${PN}:${PR}\\n"))
+}
+""" % (NEEDED, NEEDING)
+
+
+class InStep:
+    """
+    A fault: a file is sent when the tasks of all objects that were sent before, with their .siginfo, have started. On one
+    connection, so a task is late if it cannot be started before the next object has come.
+    """
+    def __init__(self):
+        self.build = None
+        self.asked = []
+        self.sent = []
+        self.late = []
+
+    def starts(self):
+        """[(multiconfig, object)]"""
+        path = self.build.directory / "starts"
+        return [tuple(line.split()) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def __call__(self, talk, request, body):
+        if request.method != "GET":
+            return
+        words = urllib.parse.unquote(request.target).split(":")
+        name = "%s:%s" % (words[1], words[4])
+        if is_archive(request):
+            self.asked.append(name)
+        self._wait()
+        if not is_archive(request):
+            self.sent.append(name)
+
+    def _wait(self):
+        missing = set()
+
+        def started():
+            missing.clear()
+            missing.update(set(self.sent) - {name for _, name in self.starts()})
+            return not missing
+
+        if not self.late:
+            try:
+                wait_until(started, "started", 10)
+            except AssertionError:
+                self.late = sorted(missing)
+
+
+def test_order_is_that_of_the_tasks(faulty_mirror, make_build, patched_tree):
+    """
+    With hard dependencies, a multiconfig, and another one of the same hashes, whose tasks are deferred until the objects are
+    here: each object comes when its task is the next one.
+    """
+    step = InStep()
+    build = step.build = make_build(
+        patched_tree, faulty_mirror(step), objects=MANY, levels=4, threads=1, multiconfigs={**SECOND, "twin": ""},
+        extra_conf='BB_CONNECTION_CACHE_MAX = "1"\nINHERIT += "starts"')
+    add_class(build, "starts", STARTS)
+    tops, lowest = ["demo-0045", "demo-0048", "demo-0050"], ["demo-0003", "demo-0005"]
+    result = build.run([*tops, *("mc:second:" + name for name in lowest), *("mc:twin:" + name for name in tops)], SECONDS)
+    assert (result.returncode, result.left, problems(result.output)) == (0, 0, [])
+    assert step.late == []
+    assert all(step.asked.index(NEEDED + ":r0") < step.asked.index(name + ":r0") for name in NEEDING)
+    assert step.sent == [name for multiconfig, name in step.starts() if multiconfig != "twin"]
+    assert build.restored("second") == lowest
+    assert set(tops) < set(build.restored()) and build.restored("twin") == build.restored()
 
 
 class HeldOne:
