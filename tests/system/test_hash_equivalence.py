@@ -264,11 +264,7 @@ def test_rehash_while_fetched(whole, both, filled):
     assert len(asked(server, "GET", former)) == 1
 
 
-ASKED_ONCE = pytest.mark.xfail(raises=AssertionError,
-                               reason="what a mirror was found to lack is not asked for again in the same build")
-
-
-@pytest.mark.parametrize("upload", [False, pytest.param(True, marks=ASKED_ONCE)], ids=["local", "mirror"])
+@pytest.mark.parametrize("upload", [False, True], ids=["local", "mirror"])
 def test_deferred(upload, both):
     """
     FIRST's object was nowhere when the build began. It is built for one multiconfig, and the task of the other one, which has

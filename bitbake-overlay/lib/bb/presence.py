@@ -64,6 +64,8 @@ class Presence:
         self._same_settings = {}
         # {tid: (Locations, mirror_index, mirror, size)} of objects that were found over the shared connections
         self._found = {}
+        # Tasks whose object was missing in the last query: it may have reached a mirror since, so a cached answer is not used
+        self._missing = set()
         # Topics of the warnings that have been issued
         self._warned = set()
 
@@ -102,7 +104,7 @@ class Presence:
             if not siginfo and "hashserv" in self._connections.settings.sources:
                 objects = self._known_to_hashserv(objects)
             progress = Progress(title if len(objects) >= PROGRESS_FROM else None, len(objects), d)
-            query = Query(server, d)
+            query = Query(server, d, self._missing)
 
             def update(done):
                 progress.update(done)
@@ -111,6 +113,8 @@ class Presence:
             sizes = query.run(objects, update)
             self._report(query.unanswered())
             if not siginfo:
+                self._missing.update(tid for tid, _ in objects if tid not in sizes)
+                self._missing.difference_update(sizes)
                 self._found.update((tid, (query.locations, *where, sizes[tid])) for tid, where in query.found.items())
             return sizes
         except bb.BBHandledException:

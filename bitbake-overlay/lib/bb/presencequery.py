@@ -119,13 +119,15 @@ class Locations:
 
 class Query:
     """
-    server is a ConnectionServer, d has the fetcher's settings.
+    server is a ConnectionServer, d has the fetcher's settings. Cached answers are not used for the objects of the tasks
+    missing_before.
 
     found       {task id: (index in the list of Locations.find(), (origin, route))} of objects that exist on a mirror with
                 shared connections
     """
 
-    def __init__(self, server, d):
+    def __init__(self, server, d, missing_before=()):
+        self._missing_before = missing_before
         self.found = {}
         self.locations = Locations(d.createCopy())
         self._server = server
@@ -189,7 +191,10 @@ class Query:
             self._server.deliver(STEP if idle else 0)
             while self._answers:
                 self._on_answer(*self._answers.popleft())
-            bb.event.check_for_interrupts()
+            # Not check_for_interrupts(), whose arguments depend on the version
+            if bb.event._should_exit.is_set():
+                logger.warning("Interrupted, the query for sstate objects ends")
+                raise bb.BBHandledException()
             if not self._server.is_running:
                 raise ConnectionCacheError("the shared connections have failed")
             now = time.monotonic()
@@ -265,6 +270,7 @@ class Query:
             return False
         try:
             request = Request(**self.locations.describe("HEAD", ud))
+            request.recheck = item.tid in self._missing_before
         except ValueError as e:
             # The fetcher may support it, such as a SOCKS proxy
             logger.debug2("%s: not over shared connections: %s", redact(ud.url), e)

@@ -9,6 +9,7 @@
 import errno
 import http.server
 import os
+import shlex
 import shutil
 import socket
 import tempfile
@@ -478,7 +479,8 @@ class FetchTest(ConnectionsTest):
 
     def runfetchcmd(self, command, d, quiet, **kwargs):
         """Replaces wget, which would resume a partial download"""
-        path, = [arg.partition("=")[2] for arg in command if arg.startswith("--output-document=")]
+        words = shlex.split(command) if isinstance(command, str) else command
+        path, = [word.partition("=")[2] or word for word in words if word.endswith("/5.tmp")]
         self.assertEqual(self.files(), ["5.lock"])
         with open(path, "wb") as f:
             f.write(content(5))

@@ -25,12 +25,13 @@ from bb.tests.connections import SECONDS, ConnectionsTest, content
 
 # Passes its standard input and error to the test, and exits with the status that the test sends
 FAKE_SSH = """#!%s -IS
-import json, os, signal, socket, sys
+import array, json, os, signal, socket, sys
 sock = socket.socket(socket.AF_UNIX)
 sock.connect(%r)
 if "stubborn" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-socket.send_fds(sock, [json.dumps([os.getpid(), sys.argv[1:], dict(os.environ)]).encode()], [0, 2])
+message = json.dumps([os.getpid(), sys.argv[1:], dict(os.environ)]).encode()
+sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 2]))])
 for fd in range(3):
     os.close(fd)
 status = sock.recv(1)
@@ -42,7 +43,9 @@ class Session:
     """The server's end of one fake ssh"""
     def __init__(self, control):
         self.control = control
-        message, (sock, self.stderr), _, _ = socket.recv_fds(control, 65536, 2)
+        # Not socket.recv_fds(), which Python 3.8 does not have
+        message, ancillary, _, _ = control.recvmsg(65536, socket.CMSG_LEN(2 * struct.calcsize("i")))
+        sock, self.stderr = struct.unpack("2i", ancillary[0][2])
         self.sock = socket.socket(fileno=sock)
         self.sock.settimeout(SECONDS)
         self.pid, self.arguments, self.environment = json.loads(message)
