@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from netqueue import ROOT
-from netqueue.series.export import COVER, DATE, check_message, slug
+from netqueue.series.export import COVER, DATE, check_message, slug, stale_overrides
 from netqueue.series.git import EMAIL, NAME
-from netqueue.series.patches import PARTS, Patch, change_files, load_bases, load_series, patch_files
+from netqueue.series.overrides import MASTER, RECORD
+from netqueue.series.patches import PARTS, Patch, change_files, load_bases, load_series, parse_patch, patch_files
 from series.synthetic import files
 
 BASES = load_bases()
@@ -38,7 +39,8 @@ def test_package_is_pinned():
 
 
 def test_nothing_else_is_in_patches():
-    expected = {"bases.json"} | {path.relative_to(ROOT / "patches").as_posix() for _, _, path in FILES + COVERS}
+    expected = {"bases.json"} | {"%s/%s/%s" % (base, part, RECORD) for base in BASES if base != MASTER for part in PARTS}
+    expected |= {path.relative_to(ROOT / "patches").as_posix() for _, _, path in FILES + COVERS}
     assert {path for path, entry in files(ROOT / "patches").items() if entry} == expected
 
 
@@ -47,22 +49,34 @@ def test_versions_tell_the_base():
     assert len(set(versions)) == len(versions)
 
 
+def test_no_override_is_stale():
+    assert stale_overrides() == []
+
+
 @pytest.mark.parametrize("base, part", [(base, part) for base in BASES for part in PARTS])
-def test_numbers_are_contiguous(base, part):
+def test_patches_have_the_names_and_heads_of_master(base, part):
+    master = {patch.name: patch.header for patch in load_series(MASTER, part)}
+    for path in patch_files(base, part):
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as handle:
+            patch = parse_patch(path.name, handle.read())
+        assert patch.header == master[path.relative_to(ROOT / "patches" / base).as_posix()]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_numbers_are_contiguous(part):
     """In each topic"""
-    for topic in {path.parent for path in patch_files(base, part)}:
+    for topic in {path.parent for path in patch_files(MASTER, part)}:
         numbers = sorted(int(path.name[:4]) for path in topic.glob("*.patch"))
         assert numbers == list(range(1, len(numbers) + 1))
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_topics(base):
+def test_topics():
     """They are numbered from 0, and each has a cover letter without a gap that was left to be filled."""
-    topics = sorted({path.parent.name for path in patch_files(base, "bitbake")})
+    topics = sorted({path.parent.name for path in patch_files(MASTER, "bitbake")})
     assert [topic.partition("-")[0] for topic in topics] == [str(n) for n in range(len(topics))]
-    assert {path.parent.name for path in patch_files(base, "openembedded-core")} <= set(topics)
+    assert {path.parent.name for path in patch_files(MASTER, "openembedded-core")} <= set(topics)
     for topic in topics:
-        text = (ROOT / "patches" / base / "bitbake" / topic / COVER).read_text()
+        text = (ROOT / "patches" / MASTER / "bitbake" / topic / COVER).read_text()
         assert text.startswith("# ") and "@" not in text
 
 
@@ -81,9 +95,10 @@ def test_head_and_message(base, part, path):
     assert path.name == "%s-%s.patch" % (path.name[:4], slug(message))
 
 
-def test_overlay_is_what_the_patches_add():
+@pytest.mark.parametrize("base", BASES)
+def test_overlay_is_what_the_patches_add(base):
     """Also what is outside of lib/bb, which the round trip on the package cannot see."""
-    patches = load_series("master", "bitbake")
+    patches = load_series(base, "bitbake")
     new = {section.path for patch in patches for section in patch.sections if section.is_new}
     only_new = [Patch(patch.name, patch.header, [one for one in patch.sections if one.path in new])
                 for patch in patches]

@@ -26,7 +26,7 @@ from netqueue.lab.build import HEADER, Build, BuildMirror
 from netqueue.lab.trees import checkout as bitbake_tree
 from netqueue.series import checkout
 from netqueue.series.git import git, git_ok
-from netqueue.series.patches import load_bases, patch_files
+from netqueue.series.patches import load_bases, load_series
 
 BASE = "master"
 VARIABLES = {"bitbake": "BITBAKEDIR", "openembedded-core": "OECOREDIR"}
@@ -52,7 +52,7 @@ deltask do_populate_sysroot
 deltask do_recipe_qa
 deltask do_deploy_source_date_epoch
 python () {
-    for task in bb.build.listtasks(d):
+    for task in d.getVar("__BBTASKS", False) or []:
         d.setVarFlag(task, "depends", "")
         d.delVarFlag(task, "fakeroot")
 }
@@ -82,6 +82,7 @@ BB_SIGNATURE_HANDLER = "OEBasicHash"
 CONNECTIVITY_CHECK_URIS = ""
 WARN_QA:remove = "license-format"
 TMPDIR = "${TOPDIR}/tmp"
+TCLIBCAPPEND = ""
 CACHE = "${TOPDIR}/cache"
 SSTATE_DIR = "${TOPDIR}/sstate"
 DL_DIR = "${TOPDIR}/downloads"
@@ -127,9 +128,9 @@ def sources_of_environment():
     return sources
 
 
-def clone(source, target, part):
-    """A clone of a checkout at the pinned commit, which borrows its objects. Raises Problem."""
-    pin = load_bases()[BASE][part]["commit"]
+def clone(source, target, part, base=BASE):
+    """A clone of a checkout at the base's pinned commit, which borrows its objects. Raises Problem."""
+    pin = load_bases()[base][part]["commit"]
     if not git_ok(source, "cat-file", "-e", pin + "^{commit}"):
         raise Problem("%s is no git checkout of %s that has the commit %s" % (source, part, pin))
     git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(target))
@@ -137,12 +138,12 @@ def clone(source, target, part):
     return target
 
 
-def clones(folder, sources, patched):
-    """A Tree with clones of sources below folder, and the series on them if patched."""
+def clones(folder, sources, patched, base=BASE):
+    """A Tree with clones of sources below folder, at the pins of base, and the series on them if patched."""
     folder.mkdir()
-    paths = {part: clone(source, folder / part, part) for part, source in sources.items()}
+    paths = {part: clone(source, folder / part, part, base) for part, source in sources.items()}
     for part, path in paths.items():
-        if patched and patch_files(BASE, part):
+        if patched and load_series(base, part):
             checkout.change(checkout.find_targets(path), reverse=False, dry_run=False)
     tree = bitbake_tree(paths["bitbake"])
     tree.oecore = paths.get("openembedded-core")
@@ -155,7 +156,7 @@ class OEBuild(Build):
     own = True
 
     def write(self):
-        for name, text in {"conf/layer.conf": LAYER % " ".join(load_bases()[BASE]["openembedded-core"]["series"]),
+        for name, text in {"conf/layer.conf": LAYER % checkout.oecore_version(self.tree.oecore),
                            "classes/demo.bbclass": CLASS}.items():
             self._write(self.layer / name, text)
         for name, text in self._recipe_texts().items():

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import List, Optional
 
 from netqueue import ROOT, Problem
-from netqueue.series import git, patches
+from netqueue.series import git, overrides, patches
 
 BASES = ROOT / "patches" / "bases.json"
 LAUNCHERS = Path(__file__).resolve().parent / "launchers"
@@ -183,7 +183,7 @@ def _digest(package, patched, base, topics):
     files = [Path(__file__)] + _files(LAUNCHERS)
     if patched:
         files += _files(ROOT / "patches" / base) + [BASES]
-        files += [Path(module.__file__) for module in (patches, git)]
+        files += [Path(module.__file__) for module in (patches, overrides, git)]
     for path in files:
         if path.is_file():
             content = path.read_bytes()

@@ -4,6 +4,7 @@
 
     git.py          runs git so that nothing outside of the repository changes what it does
     patches.py      the files of patches/, and applying them to plain files
+    overrides.py    what a base other than master has of its own
     checkout.py     the series on the checkouts of a user (scripts/apply)
     export.py       patches/ and bitbake-overlay/ from a branch (scripts/export)
 

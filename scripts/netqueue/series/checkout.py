@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What scripts/apply does: find the trees below a folder and their base, put the series on, take it out.
 
-A tree is told by its contents, never by its name. In a git checkout (a
+A tree is told by its contents, never by its name, and its base by the version
+in it: any commit will do on which all patches fit exactly. In a git checkout (a
 poky tree is one checkout with both parts) the series becomes the branch
 BRANCH, and the branch's configuration keeps where it came from and what was
 made, so that taking it out can refuse anything else. A tree that git does
@@ -40,6 +41,7 @@ class Part:
     repo: Optional[Path] = None
     prefix: str = ""
     patches: List[Patch] = dataclasses.field(default_factory=list)
+    pin: str = ""
 
 
 @dataclasses.dataclass
@@ -65,6 +67,7 @@ def find_targets(tree, project=ROOT, topics=None):
     base = find_base(parts, load_bases(project))
     targets: Dict[Path, Target] = {}
     for part in parts:
+        part.pin = load_bases(project)[base][part.name]["commit"]
         part.patches = load_series(base, part.name, project, topics)
         part.repo = _repository(part)
         if part.repo:
@@ -121,10 +124,10 @@ def find_base(parts, bases):
     names = []
     for part in parts:
         known = {name: _base_version(base, part.name) for name, base in bases.items()}
-        matching = [name for name, version in known.items() if version == part.version]
+        matching = [name for name, version in known.items() if _release(part, version) == _release(part, part.version)]
         if not matching:
-            raise Problem("%s: no patches for %s %s, only for %s"
-                          % (part.root, part.name, part.version, ", ".join(sorted(set(known.values())))))
+            raise Problem("%s: no patches for %s %s, only for %s" % (part.root, part.name, part.version, ", ".join(
+                "%s (%s)" % (version, name) for name, version in sorted(known.items(), key=lambda item: item[1]))))
         names.append(matching[0])
     if len(set(names)) > 1:
         raise Problem("%s is of the base %s but %s of %s: they do not go together"
@@ -134,6 +137,11 @@ def find_base(parts, bases):
 
 def _base_version(base, part):
     return base[part]["version"] if part == "bitbake" else " ".join(base[part]["series"])
+
+
+def _release(part, version):
+    """A branch of bitbake counts in the third number"""
+    return version.split(".")[:2] if part.name == "bitbake" else version
 
 
 def _repository(part):
@@ -193,10 +201,19 @@ def _check_new_files(part):
 def _check_patches(part):
     try:
         change_files(part.root, part.patches, write=False)
-    except Problem:
+    except Problem as error:
         if _fits(part, reverse=True):
             raise Problem("%s has the series already" % part.root) from None
-        raise
+        raise Problem("%s%s" % (error, _distance(part))) from error
+
+
+def _distance(part):
+    """Where the checkout is, seen from the commit that the patches were made on; empty if it does not have that."""
+    if not part.repo or part.prefix or not git_ok(part.repo, "cat-file", "-e", part.pin + "^{commit}"):
+        return ""
+    apart = git(part.repo, "rev-list", "--left-right", "--count", part.pin + "...HEAD").split()
+    where = ["%s commits %s" % (count, what) for count, what in zip(apart, ("before", "after")) if count != "0"]
+    return " (this is %s, %s %s)" % (part.version, " and ".join(where), part.pin[:12]) if where else ""
 
 
 def _fits(part, reverse):

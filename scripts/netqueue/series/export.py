@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What scripts/export does: write patches/ and bitbake-overlay/ from the commits of a branch.
 
+Of a base other than master, only what differs from master is written: see overrides.py.
+
 The same commits give the same bytes on any machine: author, date and
 configuration are fixed, file names and counts of the whole series stay out
 of the patches, and the diff has full blob names and no rename detection.
@@ -20,7 +22,8 @@ from pathlib import Path
 from netqueue import ROOT, Problem
 from netqueue.series.checkout import check_clean, find_base, find_parts
 from netqueue.series.git import EMAIL, NAME, GitError, git, git_bytes, git_ok
-from netqueue.series.patches import load_bases, parse_patch, patch_files, remove_file
+from netqueue.series.overrides import MASTER, RECORD, Record, digest, in_order, key, read_record, stale
+from netqueue.series.patches import PARTS, Patch, load_bases, load_series, parse_patch, patch_files, remove_file, section_result
 
 # Of every patch: an edit must not change the head of the others, nor a re-export that of any.
 DATE = "Tue, 1 Sep 2026 00:00:00 +0000"
@@ -55,12 +58,19 @@ def export_tree(tree, base=None, project=ROOT):
         _check_checkout(part.root)
         start = bases[base][part.name]["commit"]
         folder = "patches/%s/%s" % (base, part.name)
-        patches = export_series(part.root, start, _topics(patch_files(base, part.name, project)))
-        if not patches and any((Path(project) / folder).rglob("*.patch")):
+        topics = _topics(patch_files(MASTER, part.name, project))
+        patches = export_series(part.root, start, topics)
+        if not patches and (base != MASTER or any((Path(project) / folder).rglob("*.patch"))):
             raise Problem("%s has no commits after its base %s: is the branch checked out?" % (part.root, start[:12]))
+        if base != MASTER:
+            patches = export_overrides(part.root, start, patches, load_series(MASTER, part.name, project))
         files[folder] = {name: (content, False) for name, content in patches.items()}
-        if part.name == "bitbake" and base == "master":
+        if part.name == "bitbake":
             files[OVERLAY] = export_overlay(part.root, start)
+    if base != MASTER and OVERLAY in files:
+        difference = first_difference({OVERLAY: files.pop(OVERLAY)}, project)
+        if difference:
+            raise Problem("new files are the same on all bases, but " + difference)
     return files
 
 
@@ -99,6 +109,73 @@ def export_series(repo, start, topics=None):
         number = number + 1 if topic == before else 1
         files["%s%04d-%s" % (topic and topic + "/", number, name)] = _patch(repo, commit, message)
     return files
+
+
+def export_overrides(repo, start, patches, master):
+    """{path: content} of what a base has of its own: patches, which export_series() gave, as compared with master's.
+
+    Of a section that makes the same of the file as master's does, nothing is kept. Raises Problem.
+    """
+    files, record = {}, Record(git(repo, "rev-parse", "HEAD^{tree}").strip())
+    commits = dict(zip(patches, git(repo, "rev-list", "--reverse", start + "..HEAD").split()))
+    branch = {key(name): name for name in patches}
+    order = [key(patch.name) for patch in master if key(patch.name) in branch]
+    if order != list(branch):
+        wrong = next(name for name, wanted in zip(branch, order + [""]) if name != wanted)
+        raise Problem("%s: master has no patch %s, or in another order" % (repo, wrong))
+    for patch in master:
+        name = key(patch.name)
+        ours, commit = Patch(patch.name, patch.header, []), ""
+        if name in branch:
+            commit = commits[branch[name]]
+            ours = parse_patch(patch.name, patches[branch[name]].decode("utf-8", "surrogateescape"))
+            if ours.header != patch.header:
+                raise Problem("%s: commit %s has another message than in master: %s" % (repo, commit[:12], name))
+        own = _own_sections(repo, commit, ours, patch, record)
+        if own:
+            text = patch.header + "".join(section.text for section in in_order(own))
+            files[patch.name.partition("/")[2]] = text.encode("utf-8", "surrogateescape")
+    files[RECORD] = record.text().encode()
+    return files
+
+
+def _own_sections(repo, commit, ours, master, record):
+    """{path: section} of what commit does and master's patch would not; notes them and the dropped ones in record."""
+    name, own = key(master.name), {}
+    here, there = ({section.path: section for section in patch.sections} for patch in (ours, master))
+    for path in sorted({*here, *there}):
+        if path not in here:
+            record.dropped.setdefault(name, {})[path] = digest(there[path])
+        elif path not in there or not _same(repo, commit, there[path]):
+            own[path] = here[path]
+            record.own.setdefault(name, {})[path] = digest(there.get(path))
+    return own
+
+
+def _same(repo, commit, section):
+    """Whether a section makes of the file before the commit what the commit made of it."""
+    before, after = (_entry(repo, at, section.path) for at in (commit + "^", commit))
+    try:
+        return section_result(section, before) == after
+    except Problem:
+        return False
+
+
+def _entry(repo, commit, path):
+    listed = git(repo, "ls-tree", commit, "--", path).split()
+    return (git_bytes(repo, "cat-file", "blob", listed[2]), listed[0] == "100755") if listed else None
+
+
+def stale_overrides(project=ROOT):
+    """A line for each section of another base that was made from one that master no longer has."""
+    lines = []
+    for part in PARTS:
+        master = load_series(MASTER, part, project)
+        for base in load_bases(project):
+            if base != MASTER:
+                where = "patches/%s/%s" % (base, part)
+                lines += stale(master, read_record(Path(project) / where), where)
+    return lines
 
 
 def check_message(message, where):

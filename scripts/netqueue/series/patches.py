@@ -25,6 +25,7 @@ from typing import List
 
 from netqueue import ROOT, Problem
 from netqueue.series.git import GitError, git
+from netqueue.series.overrides import MASTER, merge, read_record
 
 PARTS = ("bitbake", "openembedded-core")
 
@@ -144,7 +145,10 @@ def parse_topics(text):
 
 
 def patch_files(base, part, project=ROOT, topics=None):
-    """The files of one part of the series, in order, which is that of the topics; topics: only these numbers."""
+    """The files of one part of the series, in order, which is that of the topics; topics: only these numbers.
+
+    Of another base than master, only those with sections of its own: load_series() has all.
+    """
     top = Path(project) / "patches" / base / part
     found = sorted(top.rglob("*.patch"), key=lambda path: path.relative_to(top).parts)
     return [path for path in found if topics is None or _topic_number(path.parent.name) in topics]
@@ -155,8 +159,16 @@ def _topic_number(topic):
     return int(match.group(1)) if match else None
 
 
-def load_series(base="master", part="bitbake", project=ROOT, topics=None):
+def load_series(base=MASTER, part="bitbake", project=ROOT, topics=None):
     """The patches of one part of the series, in order; none if there is no such folder. Raises Problem."""
+    if base == MASTER:
+        return _load_patches(base, part, project, topics)
+    folder = Path(project) / "patches" / base / part
+    merged = merge(_load_patches(MASTER, part, project), _load_patches(base, part, project), read_record(folder), folder)
+    return [patch for patch in merged if topics is None or _topic_number(patch.topic) in topics]
+
+
+def _load_patches(base, part, project, topics=None):
     patches = []
     top = Path(project) / "patches" / base
     for path in patch_files(base, part, project, topics):
@@ -172,7 +184,7 @@ def documented_variables(patches):
             for name in re.findall(r"^\+   :term:`(BB_\w+)`$", section.text, re.MULTILINE)]
 
 
-def apply_to_plain_tree(tree, base="master", upto=None, project=ROOT, topics=None):
+def apply_to_plain_tree(tree, base=MASTER, upto=None, project=ROOT, topics=None):
     """Put bitbake's part of the series on TREE/lib/bb, the layout of the PyPI package.
 
     upto: only that many of the patches; topics: only these. Returns an AppliedSeries. Raises
@@ -212,6 +224,15 @@ def change_files(tree, patches, prefix="", reverse=False, write=True):
                 raise Problem("%s cannot be written: %s" % (error.filename, error.strerror)) from error
             raise
     return lambda: _write_files(tree, old)
+
+
+def section_result(section, entry):
+    """What a section makes of entry, the (content, executable) of its file or None for none. Raises Problem."""
+    with tempfile.TemporaryDirectory(prefix="netqueue-") as scratch:
+        scratch = Path(scratch)
+        _write_files(scratch, {section.path: entry})
+        _apply_one(scratch, Patch(section.path, "", [section]), "", False, scratch)
+        return _read_files(scratch, [section.path])[section.path]
 
 
 def _apply_one(scratch, patch, prefix, reverse, tree):
