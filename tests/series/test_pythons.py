@@ -15,7 +15,7 @@ from netqueue.lab.trees import make_tree
 
 VERSIONS = ["3.%d" % minor for minor in range(9, 15)]
 # Of those that need neither bin/ nor hashserv
-MODULES = ["connections", "fetchurls", "networkslots", "prefetch", "presence", "process", "sftpconnections"]
+MODULES = ["connections", "datakeys", "fetchurls", "networkslots", "prefetch", "presence", "process", "sftpconnections", "siggentasks"]
 
 
 def interpreter(version):

@@ -13,9 +13,11 @@ import sys
 
 import pytest
 
-from netqueue import environment
+from netqueue import Problem, environment
 from netqueue.lab.oecore import MissingPrograms, OEBuild, TargetBuild, clones
 from netqueue.lab.processes import stop_processes
+from netqueue.series.overrides import MASTER
+from netqueue.series.patches import load_bases
 from system.observe import damaged, problems, snapshot, summary
 
 pytestmark = [pytest.mark.system, pytest.mark.checkout, pytest.mark.timeout(1500)]
@@ -55,12 +57,17 @@ def bitbakes(bitbake_checkout, tmp_path_factory):
     return {name: clones(folder / name, {"bitbake": bitbake_checkout}, name == "patched").path for name in VARIANTS}
 
 
-@pytest.fixture(scope="module")
-def trees(bitbake_checkout, oecore_checkout, tmp_path_factory):
-    """{"stock": Tree, "patched": Tree}"""
+@pytest.fixture(scope="module", params=load_bases())
+def trees(bitbake_checkout, oecore_checkout, tmp_path_factory, request):
+    """{"stock": Tree, "patched": Tree} of a base; skips another base than master if the checkouts do not have it"""
     folder = tmp_path_factory.mktemp("trees")
     sources = {"bitbake": bitbake_checkout, "openembedded-core": oecore_checkout}
-    return {name: clones(folder / name, sources, name == "patched") for name in VARIANTS}
+    try:
+        return {name: clones(folder / name, sources, name == "patched", request.param) for name in VARIANTS}
+    except Problem as problem:
+        if request.param == MASTER:
+            raise
+        pytest.skip(str(problem))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +169,8 @@ def test_real_classes(protocol, trees, real_files, any_mirror, tmp_path):
         assert damaged(tmp_path / name / "sstate", real_files) == []
         # They name the folder of the layer
         assert len(problems(outputs[name])) == len(problems(outputs["stock"]))
-        assert summary(outputs[name]).connections == counters[name].connections <= 4
+        # There are eight threads: under load a machine's server looks slow, and is asked over more than four
+        assert summary(outputs[name]).connections == counters[name].connections <= 8
         assert summary(outputs[name]).requests == counters[name].requests
     assert "Network tasks" not in outputs["patched"]
     assert "NOTE: Network tasks: peak of 2 (limit 2)" in outputs["limited"]
@@ -192,6 +200,6 @@ def test_target(protocol, trees, target_files, any_mirror, tmp_path):
         assert damaged(build.sstate, target_files) == []
         # What is told of each host comes before
         told = summary("\n".join(line for line in result.output.splitlines() if not line.startswith("DEBUG:")))
-        assert (told.objects, told.connections <= 4) == (number, True)
+        assert (told.objects, told.connections <= 8) == (number, True)
         assert told.connections == server.counters().connections
         assert result.output.count("Fetched ahead for") == (0 if conf else number)
