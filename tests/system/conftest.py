@@ -80,7 +80,7 @@ def fill(files, folder, stock):
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """Of the CA that builds are told to trust"""
+    """Of the CA that builds are set to trust"""
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
     return make_certificates(tmp_path_factory.mktemp("tls"))

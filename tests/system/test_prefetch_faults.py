@@ -165,7 +165,7 @@ def in_the_middle(build, hold):
     return running
 
 
-# One task runs until it is told to end
+# One task runs until the test lets it end
 LASTING = """
 do_populate_setscene[postfuncs] += "${@'last' if d.getVar('PN') == 'demo-0001' else ''}"
 python last() {

@@ -48,7 +48,7 @@ PROGRAMS = {"server": "bitbake-server", "worker": "bitbake-worker"}
 RESTORE = ["--setscene-only", "demo-all"]
 # Round trip in seconds, and bytes a second: a build fetches for some seconds
 DELAY, RATE = 0.02, 4 << 20
-# Seconds for a build that is not hit, or has been told to end, and after which a process is an orphan
+# Seconds for a build that is not hit, or has been asked to end, and after which a process is an orphan
 SECONDS, ORPHAN_SECONDS = 120, 30
 # Seconds between two Ctrl-C at most
 AGAIN = 2

@@ -8,7 +8,7 @@
     plainhttp.py        HTTP over a socket
     unixsocket.py       the socket between tasks and server
     mutation.py         changes of bytes
-    eventloop.py        an event loop whose time passes when it is told to
+    eventloop.py        an event loop whose time the caller advances
     fault.py            what is raised when something does not hold
 
 It imports bb, so it runs with the lib folder of a patched tree in the path.

@@ -1,6 +1,6 @@
 # Copyright BitBake Contributors
 # SPDX-License-Identifier: GPL-2.0-only
-"""An event loop whose time passes when it is told to, for what has timers and readers. The conversations call this.
+"""An event loop whose time the caller advances, for what has timers and readers. The conversations call this.
 
     loop = Loop()
     loop.advance(31)

@@ -140,14 +140,10 @@ class RefusesSome(Behaviour):
 
     def __init__(self, names, refused):
         super().__init__(names)
-        self.refused = set(refused)
-
-    @property
-    def there(self):
-        return len(self.names) - len(self.refused)
+        self.withheld = set(refused)
 
     def answer(self, talk, request):
-        if self.count(request.recipe in self.refused):
+        if self.count(request.recipe in self.withheld):
             self.refuse(talk, request)
         else:
             talk.serve(request)
@@ -209,15 +205,11 @@ class Evicts(Behaviour):
 
     def __init__(self, names, gone):
         super().__init__(names)
-        self.gone = set(gone)
-
-    @property
-    def there(self):
-        return len(self.names) - len(self.gone)
+        self.withheld = set(gone)
 
     def answer(self, talk, request):
         if request.method == "GET":
-            self.absent = self.gone
+            self.absent = self.withheld
         self.count(request.recipe in self.absent)
         talk.serve(request)
 

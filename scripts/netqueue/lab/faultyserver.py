@@ -49,6 +49,7 @@ class Behaviour:
 
     names       the recipes of the objects that are wanted
     absent      those that the mirror does not have
+    withheld    those that it has, but does not give in the end
     there       how many objects it gives
     server      the FaultyServer
     faults      how often it has done something wrong, if it does not always do
@@ -57,13 +58,14 @@ class Behaviour:
     def __init__(self, names, absent=()):
         self.names = names
         self.absent = set(absent)
+        self.withheld = set()
         self.lock = threading.Lock()
         self.server = None
         self.faults = None
 
     @property
     def there(self):
-        return len(self.names) - len(self.absent)
+        return len(self.names) - len(self.absent | self.withheld)
 
     def count(self, wrong):
         """Returns wrong, and counts it if it is true"""

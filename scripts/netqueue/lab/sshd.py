@@ -279,7 +279,7 @@ class Sshd:
         """Idempotent; as serverprocess.end(). Ends the sessions too."""
         if self.process is None:
             return
-        # sshd does not end its sessions when it is told to end.
+        # sshd does not end its sessions when it ends itself.
         sessions = children(self.process.pid)
         end(self.process)
         for pid in sessions:

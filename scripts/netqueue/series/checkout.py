@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What scripts/apply does: find the trees below a folder and their base, put the series on, take it out.
 
-A tree is told by its contents, never by its name, and its base by the version
+A tree is recognised by its contents, never by its name, and its base by the version
 in it: any commit will do on which all patches fit exactly. In a git checkout (a
 poky tree is one checkout with both parts) the series becomes the branch
 BRANCH, and the branch's configuration keeps where it came from and what was

@@ -23,7 +23,8 @@ from netqueue import ROOT, Problem
 from netqueue.series.checkout import check_clean, find_base, find_parts
 from netqueue.series.git import EMAIL, NAME, GitError, git, git_bytes, git_ok
 from netqueue.series.overrides import MASTER, RECORD, Record, digest, in_order, key, read_record, stale
-from netqueue.series.patches import PARTS, Patch, load_bases, load_series, parse_patch, patch_files, remove_file, section_result
+from netqueue.series.patches import (PARTS, Patch, load_bases, load_series, parse_patch, patch_files, remove_file,
+                                     section_result, topic_number)
 
 # Of every patch: an edit must not change the head of the others, nor a re-export that of any.
 DATE = "Tue, 1 Sep 2026 00:00:00 +0000"
@@ -82,7 +83,7 @@ def _check_checkout(root):
 
 def _topics(paths):
     """{subject in the name of the file: topic} of patches that were exported before"""
-    return {path.name[5:]: path.parent.name if re.match("[0-9]+-", path.parent.name) else "" for path in paths}
+    return {key(path.name): "" if topic_number(path.parent.name) is None else path.parent.name for path in paths}
 
 
 def export_series(repo, start, topics=None):

@@ -51,24 +51,9 @@ class Section:
     text: str
 
     @property
-    def _extended(self):
-        return self.text.split("\n@@ ", 1)[0].split("\n")
-
-    @property
     def is_new(self):
-        return any(line.startswith("new file mode ") for line in self._extended)
-
-    @property
-    def is_deleted(self):
-        return any(line.startswith("deleted file mode ") for line in self._extended)
-
-    @property
-    def old_blob(self):
-        """The 40 digits of the content that the patch was made from."""
-        for line in self._extended:
-            if line.startswith("index "):
-                return line[len("index "):].split("..")[0]
-        return None
+        head = self.text.split("\n@@ ", 1)[0]
+        return any(line.startswith("new file mode ") for line in head.split("\n"))
 
 
 @dataclasses.dataclass
@@ -151,10 +136,11 @@ def patch_files(base, part, project=ROOT, topics=None):
     """
     top = Path(project) / "patches" / base / part
     found = sorted(top.rglob("*.patch"), key=lambda path: path.relative_to(top).parts)
-    return [path for path in found if topics is None or _topic_number(path.parent.name) in topics]
+    return [path for path in found if topics is None or topic_number(path.parent.name) in topics]
 
 
-def _topic_number(topic):
+def topic_number(topic):
+    """1 of 1-fixes; None for a folder that is no topic"""
     match = re.match(r"([0-9]+)-", topic)
     return int(match.group(1)) if match else None
 
@@ -165,7 +151,7 @@ def load_series(base=MASTER, part="bitbake", project=ROOT, topics=None):
         return _load_patches(base, part, project, topics)
     folder = Path(project) / "patches" / base / part
     merged = merge(_load_patches(MASTER, part, project), _load_patches(base, part, project), read_record(folder), folder)
-    return [patch for patch in merged if topics is None or _topic_number(patch.topic) in topics]
+    return [patch for patch in merged if topics is None or topic_number(patch.topic) in topics]
 
 
 def _load_patches(base, part, project, topics=None):
