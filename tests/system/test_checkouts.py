@@ -8,8 +8,10 @@ take minutes.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -31,6 +33,7 @@ RECIPES = 30
 TARGET = "zlib"
 # What is fetched ahead of its task takes no slot
 LIMITED = 'BB_NUMBER_NETWORK_THREADS = "2"\nBB_SETSCENE_PREFETCH = "0"\n'
+SIGNED = 'SSTATE_VERIFY_SIG = "1"\nGPG_PATH = "%s"\nSSTATE_SIG_KEY = "%s"\nSSTATE_VALID_SIGS = "%s"\n'
 # Some tests commit without saying who they are, and one forgets that BB_SKIP_NETTESTS is set
 GITCONFIG = """
 [user]
@@ -174,6 +177,45 @@ def test_real_classes(protocol, trees, real_files, any_mirror, tmp_path):
         assert summary(outputs[name]).requests == counters[name].requests
     assert "Network tasks" not in outputs["patched"]
     assert "NOTE: Network tasks: peak of 2 (limit 2)" in outputs["limited"]
+
+
+@pytest.fixture
+def signing(tmp_path_factory):
+    """Settings with which objects are signed and verified, by a key of their own"""
+    if not shutil.which("gpg"):
+        pytest.skip("gpg is missing")
+    # The path of the agent's socket has to be short
+    with tempfile.TemporaryDirectory() as folder:
+        gpg = ["gpg", "--homedir", folder, "--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"]
+        subprocess.run([*gpg, "--quick-generate-key", "test@example.com", "ed25519", "sign"], check=True, stderr=subprocess.PIPE)
+        listing = subprocess.run([*gpg, "--list-keys", "--with-colons"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        key = re.search("^fpr:+([0-9A-F]+):", listing, re.MULTILINE)[1]
+        try:
+            yield SIGNED % (folder, key, key[-16:])
+        finally:
+            subprocess.run(["gpgconf", "--homedir", folder, "--kill", "all"], check=True)
+
+
+def test_signed_objects(trees, signing, any_mirror, tmp_path):
+    """Signatures are fetched ahead as well; an object with another's signature, or with none, is not installed."""
+    with OEBuild(tmp_path / "fill", trees["stock"], objects=RECIPES, threads=8, extra_conf=signing) as build:
+        restore(build, "demo-all")
+    signatures = sorted(build.sstate.rglob("*.tar.zst.sig"))
+    assert len(signatures) == RECIPES
+    shutil.copyfile(signatures[0], signatures[1])
+    signatures[2].unlink()
+    server = any_mirror("http", build.sstate)
+    results, restored, wgets = {}, {}, {}
+    for name in VARIANTS:
+        with OEBuild(tmp_path / name, trees[name], objects=RECIPES, threads=8, mirror=server, extra_conf=signing) as build:
+            result = build.run(["-DD", "--setscene-only", "demo-all"], timeout=BUILD_SECONDS)
+        results[name] = result.returncode, result.output.count("skipping acceleration...\n")
+        restored[name] = build.restored()
+        wgets[name] = result.output.count("Fetcher accessed the network with the command")
+    assert restored["patched"] == restored["stock"] and len(restored["stock"]) == RECIPES - 2
+    assert results["patched"] == results["stock"]
+    assert wgets["stock"] > 2 * RECIPES
+    assert wgets["patched"] <= 2, "what is missing may be looked for by other means"
 
 
 @pytest.fixture(scope="module")

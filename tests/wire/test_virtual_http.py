@@ -237,6 +237,9 @@ def test_body_that_trickles(simulate, part, seconds):
     assert_right(asked)
     assert isinstance(lost.error(), TimedOutError)
     assert simulation.loop.time() < ATTEMPTS * 100 + 30
+    begun = simulation.loop.time()
+    again, = ask(simulation, "GET", ["/x/3"])
+    assert again.status() == 404 and simulation.loop.time() - begun < 1, "its task does not wait for it once more"
 
 
 def test_body_that_is_slow_but_arrives(simulate):

@@ -91,6 +91,24 @@ def test_another_status_for_what_is_absent(simulate, code):
     assert trouble(simulation) == []
 
 
+def test_many_absent_files_are_fetched(simulate):
+    """Each FAILURE of an OPEN might be a limit of open files; a STAT tells that it is not."""
+    class Server(Odd):
+        def stat(self, path):
+            return super().stat(path) if path in self.files else self.status(self.FAILURE)
+
+        def may_open(self, path, files):
+            return None if path in self.files else self.status(self.FAILURE)
+    server = Server()
+    simulation = simulate(server)
+    there = list(FILES)[:64]
+    absent = ["/absent/%s" % i for i in range(64)]
+    asked = ask(simulation, "GET", [path for pair in zip(there, absent) for path in pair])
+    assert_right(asked[::2])
+    assert {one.status() for one in asked[1::2]} == {500}
+    assert len(server.opened) < 64 + 3 * 64
+
+
 def test_permission_denied_for_what_is_absent(simulate):
     class Server(Odd):
         def stat(self, path):
