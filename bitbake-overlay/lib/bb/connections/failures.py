@@ -81,6 +81,9 @@ class Failures:
             # It was slow before while others were answered. A probe determines whether they still are.
             self.patience = UNWILLING
             self._host.diagnosis.probe_host()
+            if request.fd is not None and (connection.in_answer or self._host.health.answered_at > request.sent):
+                # The host is not silent: don't let the task wait again
+                self._pool.reject(request)
             self._host.finish([request], error)
             return
         health = self._host.health

@@ -117,7 +117,7 @@ class Pool:
         self._conclude(request, response, error)
 
     def reject(self, request):
-        """Treat the file of request as absent from now on, since its content is not what it should be"""
+        """Treat the file of request as absent from now on, since its content is unexpected or does not arrive"""
         self._answers.setdefault(request.key[0], {})[request.key[1]] = NO_FILE
 
     def _conclude(self, request, response, error):

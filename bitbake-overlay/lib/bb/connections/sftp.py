@@ -267,10 +267,15 @@ class Download:
         if kind == FXP_STATUS:
             response, error = session.outcome(kind, request)
             if not error and response.status == SERVER_ERROR:
-                # The server may have a limit that it does not announce, unless this is the only open file
-                if session.handles > 1:
+                if session.handles == 1:
+                    session.max_handles = session.announced_handles
+                    return response, error
+                # The server may have a limit of open files that it does not announce, unless the file does not exist
+                session.ask(FXP_STAT, request.target, b"", FXP_ATTRS, self.answered)
+                kind, _, _ = yield
+                response, error = session.outcome(kind, request)
+                if not error and response.status == 200:
                     return None, None
-                session.max_handles = session.announced_handles
             return response, error
         self.handle = bytes(session.last_string(MAX_HANDLE))
         request.begin_body()
@@ -319,7 +324,7 @@ class Download:
         return size
 
     def answered(self, kind, offset=None, asked=0):
-        """Handle the answer to OPEN, to FSTAT, or to the READ of asked bytes at offset"""
+        """Handle the answer to OPEN, to STAT or FSTAT, or to the READ of asked bytes at offset"""
         session, request = self._session, self._request
         session.reading -= asked
         if self.is_done:
