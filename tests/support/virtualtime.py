@@ -40,6 +40,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self):
         self._clock = VirtualSelector()
         super().__init__(self._clock)
+        # With Python 3.9, an asyncio.Event belongs to the loop that is set when it is made
+        asyncio.set_event_loop(self)
 
     def time(self):
         return self._clock.now

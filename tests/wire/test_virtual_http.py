@@ -170,12 +170,11 @@ def test_request_that_is_never_answered(simulate):
 
 def test_fewer_workers_than_connections(simulate):
     """Two processes serve a connection each until that is closed; others are accepted, and wait."""
-    working = asyncio.Semaphore(2)
-
     async def script(talk):
         async with working:
             await works(talk)
     server, simulation = simulate(script)
+    working = asyncio.Semaphore(2)
     seconds = query_and_fetch(simulation, mixed(400))
     # Some are tried in vain, for UNSERVED seconds each
     assert sum(seconds) < 12
