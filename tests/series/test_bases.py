@@ -98,13 +98,15 @@ def test_head_and_message(base, part, path):
 @pytest.mark.parametrize("base", BASES)
 def test_overlay_is_what_the_patches_add(base):
     """Also what is outside of lib/bb, which the round trip on the package cannot see."""
-    patches = load_series(base, "bitbake")
-    new = {section.path for patch in patches for section in patch.sections if section.is_new}
-    only_new = [Patch(patch.name, patch.header, [one for one in patch.sections if one.path in new])
-                for patch in patches]
+    only_new = only_new_files(load_series(base, "bitbake"))
     overlay = {path: entry for path, entry in files(ROOT / "bitbake-overlay", skip=("__pycache__",)).items() if entry}
     assert applied_to_nothing(only_new) == {path: (content, bool(mode & 0o100))
                                             for path, (content, mode) in overlay.items()}
+
+
+def only_new_files(patches):
+    new = {section.path for patch in patches for section in patch.sections if section.is_new}
+    return [Patch(patch.name, patch.header, [one for one in patch.sections if one.path in new]) for patch in patches]
 
 
 def applied_to_nothing(patches):

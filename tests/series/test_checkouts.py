@@ -16,9 +16,10 @@ from netqueue import ROOT
 from netqueue.lab.oecore import clone
 from netqueue.series.checkout import bitbake_version, oecore_version
 from netqueue.series.git import git, git_ok
-from netqueue.series.overrides import MASTER
+from netqueue.series.overrides import MASTER, read_record
 from netqueue.series.patches import PARTS, load_bases, load_series, parse_topics
 from series.synthetic import run, state
+from series.test_format_patch import git_am
 from series.test_pythons import MODULES, interpreter
 
 pytestmark = pytest.mark.checkout
@@ -139,19 +140,7 @@ def test_poky(poky_checkout, tmp_path):
 @each_base
 def test_poky_layout(bitbake_checkout, oecore_checkout, tmp_path, base):
     """Both pinned trees as one repository, which is how poky is laid out."""
-    tree = tmp_path / "poky"
-    tree.mkdir()
-    git(tree, "init", "--quiet")
-    git(tree, "checkout", "--quiet", "-b", "base")
-    sources = {"openembedded-core": oecore_checkout, "bitbake": bitbake_checkout}
-    for part, source in sources.items():
-        if base != MASTER and not git_ok(source, "cat-file", "-e", BASES[base][part]["commit"] + "^{commit}"):
-            pytest.skip("%s does not have the commit of the base %s" % (source, base))
-    borrow_objects(tree, sources.values())
-    for part, folder in (("openembedded-core", ""), ("bitbake", "bitbake/")):
-        git(tree, "read-tree", "--prefix=" + folder, BASES[base][part]["commit"])
-    git(tree, "commit", "--quiet", "--message", "poky")
-    git(tree, "reset", "--quiet", "--hard")
+    tree = poky_of(bitbake_checkout, oecore_checkout, tmp_path / "poky", base)
     before = state(tree)
     for options in ((), ("--reverse",)):
         done = run("apply", tree, *options, project=ROOT)
@@ -160,6 +149,44 @@ def test_poky_layout(bitbake_checkout, oecore_checkout, tmp_path, base):
             count = sum(len(load_series(base, part)) for part in PARTS)
             assert git(tree, "rev-list", "--count", "base..netqueue").strip() == str(count)
     assert state(tree) == before
+
+
+@each_base
+def test_format_patch(bitbake_checkout, oecore_checkout, tmp_path, base):
+    """What plain git am makes of the folders is what scripts/apply makes, and what is recorded of the base."""
+    trees = {part: clone_of(source, tmp_path / part, part, base)
+             for part, source in zip(PARTS, (bitbake_checkout, oecore_checkout))}
+    poky = poky_of(bitbake_checkout, oecore_checkout, tmp_path / "poky", base)
+    starts = {tree: git(tree, "rev-parse", "HEAD").strip() for tree in (*trees.values(), poky)}
+    for options, name in ((), "apart"), (("--poky",), "together"):
+        assert run("format-patch", base, tmp_path / name, *options, project=ROOT).returncode == 0
+    for part, tree in trees.items():
+        git_am(tree, tmp_path / "apart" / part, tmp_path)
+    git_am(poky, tmp_path / "together", tmp_path)
+    made = [git(tree, "rev-parse", "HEAD^{tree}") for tree in starts]
+    if base != MASTER:
+        assert made[:2] == [read_record(ROOT / "patches" / base / part).tree + "\n" for part in PARTS]
+    for (tree, start), wanted in zip(starts.items(), made):
+        git(tree, "reset", "--quiet", "--hard", start)
+        assert run("apply", tree, project=ROOT).returncode == 0
+        assert git(tree, "rev-parse", "netqueue^{tree}") == wanted
+
+
+def poky_of(bitbake, oecore, tree, base):
+    """The pinned trees of two checkouts as one repository; skips the test if they do not have them."""
+    tree.mkdir()
+    git(tree, "init", "--quiet")
+    git(tree, "checkout", "--quiet", "-b", "base")
+    sources = {"openembedded-core": oecore, "bitbake": bitbake}
+    for part, source in sources.items():
+        if base != MASTER and not git_ok(source, "cat-file", "-e", BASES[base][part]["commit"] + "^{commit}"):
+            pytest.skip("%s does not have the commit of the base %s" % (source, base))
+    borrow_objects(tree, sources.values())
+    for part, folder in (("openembedded-core", ""), ("bitbake", "bitbake/")):
+        git(tree, "read-tree", "--prefix=" + folder, BASES[base][part]["commit"])
+    git(tree, "commit", "--quiet", "--message", "poky")
+    git(tree, "reset", "--quiet", "--hard")
+    return tree
 
 
 def borrow_objects(repo, sources):
