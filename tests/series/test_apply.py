@@ -128,6 +128,45 @@ def test_bitbake_cloned_into_oecore(made):
     assert checkout.current_branch(made.oecore / "bitbake") == checkout.current_branch(made.oecore) == "netqueue"
 
 
+@pytest.fixture
+def setup_folder(made, tmp_path):
+    """As bitbake-setup makes it, with the links that it adds, and one repository without a part of the series"""
+    layers = tmp_path / "setup/layers"
+    for folder in ("meta-yocto", "openembedded-core/scripts"):
+        (layers / folder).mkdir(parents=True)
+    (tmp_path / "setup/build/conf").mkdir(parents=True)
+    shutil.move(str(made.bitbake), str(layers / "bitbake"))
+    shutil.copytree(made.oecore, layers / "openembedded-core", dirs_exist_ok=True)
+    put(layers, "openembedded-core/scripts/oe-setup-build", "", 0o755)
+    for link, target in (("setup-build", "openembedded-core/scripts/oe-setup-build"),
+                         ("oe-scripts", "openembedded-core/scripts"), ("oe-init-build-env-dir", "openembedded-core")):
+        (layers / link).symlink_to(target)
+    return tmp_path / "setup"
+
+
+def test_folder_of_bitbake_setup(made, setup_folder):
+    before = files(setup_folder, skip=(".git",))
+    done = apply(made, setup_folder)
+    assert_ok(done)
+    assert done.stdout.count("\n") == 2
+    for name in ("bitbake", "openembedded-core"):
+        assert checkout.current_branch(setup_folder / "layers" / name) == "netqueue"
+    assert_ok(apply(made, setup_folder, "--reverse"))
+    assert files(setup_folder, skip=(".git",)) == before
+    assert_ok(apply(made, setup_folder / "layers"))
+
+
+def test_folder_of_bitbake_setup_with_a_checkout_of_the_user(made, setup_folder):
+    """bitbake-setup init -L bitbake /src/mine makes a link of it."""
+    mine = setup_folder.with_name("mine")
+    (setup_folder / "layers/bitbake").rename(mine)
+    (setup_folder / "layers/bitbake").symlink_to(mine)
+    done = apply(made, setup_folder)
+    assert_ok(done)
+    assert done.stdout.startswith("%s: 4 bitbake patches" % mine)
+    assert checkout.current_branch(mine) == checkout.current_branch(setup_folder / "layers/openembedded-core") == "netqueue"
+
+
 def test_both_or_none(made, tmp_path):
     """The second tree is dirty: the first must not be touched either."""
     shutil.move(str(made.bitbake), str(tmp_path / "both" / "one"))
@@ -178,7 +217,7 @@ def make_untracked_in_the_way(made):
 def make_unknown_version(made):
     put(made.bitbake, "lib/bb/__init__.py", '__version__ = "2.4.0"\n')
     commit(made.bitbake, "other version")
-    return "no patches for bitbake 2.4.0, only for 2.19.0"
+    return "%s: this is bitbake 2.4.0; bases are master (2.19.0)" % made.bitbake
 
 
 def make_conflict(made):
@@ -259,6 +298,36 @@ def test_twice_without_new_files(made):
     git(made.oecore, "checkout", "--quiet", "-b", "other")
     git(made.oecore, "branch", "--quiet", "-D", "netqueue")
     assert_refused(apply(made, made.oecore), "has the series already")
+
+
+def test_poky_of_an_unknown_release(made):
+    put(made.poky, "bitbake/lib/bb/__init__.py", '__version__ = "2.12.1"\n')
+    put(made.poky, "meta/conf/layer.conf", 'LAYERSERIES_CORENAMES = "walnascar"\n')
+    put(made.poky, "meta-poky/conf/layer.conf", "")
+    commit(made.poky, "walnascar")
+    before = files(made.poky)
+    assert_refused(apply(made, made.poky),
+                   "%s: this is poky walnascar with bitbake 2.12.1; bases are master (2.19.0)\n" % made.poky)
+    assert files(made.poky) == before
+
+
+def test_unknown_release_of_one(made):
+    put(made.oecore, "meta/conf/layer.conf", 'LAYERSERIES_CORENAMES = "kirkstone"\n')
+    commit(made.oecore, "kirkstone")
+    before = files(made.oecore)
+    assert_refused(apply(made, made.oecore), "this is openembedded-core kirkstone; bases are master (wrynose or blacksail)")
+    shutil.rmtree(made.poky)
+    assert_refused(apply(made, made.project.parent), "this is bitbake 2.19.0 and openembedded-core kirkstone; bases are")
+    assert files(made.oecore) == before
+
+
+def test_conflict_without_the_base(made):
+    """In poky, or in a checkout that lacks it, the date has to do."""
+    change_line(made.poky, "bitbake/lib/bb/runqueue.py", 30, "other")
+    commit(made.poky, "other")
+    date = git(made.poky, "log", "-1", "--format=%cs").strip()
+    assert_refused(apply(made, made.poky), "0002-runqueue-use-the-pool.patch does not apply", "lib/bb/runqueue.py differs at line",
+                   "(this is 2.19.0 of %s, the patches are made for %s)" % (date, git(made.bitbake, "rev-parse", "HEAD")[:12]))
 
 
 def test_other_bases_do_not_mix(made):

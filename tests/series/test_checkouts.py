@@ -6,15 +6,17 @@ The user's checkouts are cloned at the pinned commits and not written to. Of a b
 have, the tests are skipped.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from netqueue import ROOT
+from netqueue import ROOT, environment
 from netqueue.lab.oecore import clone
-from netqueue.series.checkout import bitbake_version, oecore_version
+from netqueue.series.checkout import bitbake_version, change, find_targets, oecore_version
 from netqueue.series.git import git, git_ok
 from netqueue.series.overrides import MASTER, read_record
 from netqueue.series.patches import PARTS, load_bases, load_series, parse_topics
@@ -27,10 +29,21 @@ BASES = load_bases()
 # Also of those that need more than the package from PyPI has
 ALL_MODULES = sorted([*MODULES, "data", "siggen"])
 
-# The release, the oldest commit on which all patches fit, and the one that was in poky in February 2026
-OTHER_COMMITS = [("wrynose", "33581c84f3a85008239acbd940501a35de48dc91"),
-                 ("scarthgap", "28569e9796d4b34d7b77b4f79074ab7854850386"),
-                 ("scarthgap", "10118785e4a670bce4980e1044c0888a8b6e84af")]
+# The first commits of a release on which all patches fit: 2.18.0, one of December 2024, and of the releases themselves
+FIRST = [("wrynose", "bitbake", "33581c84f3a85008239acbd940501a35de48dc91"),
+         ("scarthgap", "bitbake", "28569e9796d4b34d7b77b4f79074ab7854850386"),
+         ("wrynose", "openembedded-core", "42fa856a00ac16b2a7a83d7ecfa60a5be192b16c"),
+         ("scarthgap", "openembedded-core", "e38a0f1a5e515651173b1aa21d38f2b3924de8b2")]
+# The heads of branches that are no bases, and what is said of them
+UNKNOWN = [("a9f09b9e2f187f07a6f6dfd1caa3fd2f3d564a8a", "this is bitbake 2.0.0; bases are"),
+           ("ac097300921590ed6a814f2c3fa08a59f4ded92d", "this is bitbake 2.12.1; bases are"),
+           ("713fbbdb9ecc195ceb2216a2345e0d79dbee2135", "this is bitbake 2.16.0; bases are")]
+# 2.8.0 of October 2024, before the first commit on which all patches fit
+TOO_OLD = ("scarthgap", "377eba2361850adfb8ce7e761ef9c76be287f88c")
+# In poky the base's commits are not known by their names
+POKY = {"scarthgap": "1d54d1c4736a114e1cecbe85a0306e3814d5ce70"}
+UNKNOWN_POKY = {"walnascar": "d0b46a6624ec9c61c47270745dd0b2d5abbe6ac1",
+                "kirkstone": "58f9b898daef8272184b1be176a18428f9f9d9b3"}
 
 each_base = pytest.mark.parametrize("base", BASES)
 
@@ -75,13 +88,51 @@ def test_both(bitbake_checkout, oecore_checkout, tmp_path, base):
     round_trip(tmp_path, base, PARTS, trees)
 
 
-@pytest.mark.parametrize("base, commit", OTHER_COMMITS)
-def test_other_commits(bitbake_checkout, tmp_path, base, commit):
+@pytest.mark.parametrize("base, part, first", FIRST)
+def test_each_commit_of_a_release(bitbake_checkout, oecore_checkout, tmp_path, base, part, first):
+    """That changes a file which the series does"""
+    tree = clone_of(dict(zip(PARTS, (bitbake_checkout, oecore_checkout)))[part], tmp_path / part, part, base)
+    paths = {section.path for patch in load_series(base, part) for section in patch.sections if not section.is_new}
+    commits = git(tree, "rev-list", first + "..HEAD", "--", *sorted(paths)).split()
+    assert commits
+    for commit in [first, *commits]:
+        git(tree, "checkout", "--quiet", commit)
+        targets = find_targets(tree)
+        assert "base %s," % base in change(targets, reverse=False, dry_run=True)[0]
+
+
+def refused(tree):
+    """The line with which scripts/apply refuses a tree that it leaves as it was"""
+    before = state(tree)
+    done = run("apply", tree, project=ROOT)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert state(tree) == before
+    return done.stderr
+
+
+@pytest.mark.parametrize("commit, why", UNKNOWN)
+def test_unknown_releases(bitbake_checkout, tmp_path, commit, why):
+    line = refused(clone_at(bitbake_checkout, tmp_path / "bitbake", commit))
+    assert why in line and all(base in line for base in BASES)
+
+
+def test_commit_before_the_first_that_fits(bitbake_checkout, tmp_path):
+    base, commit = TOO_OLD
+    pin = BASES[base]["bitbake"]["commit"]
     tree = clone_of(bitbake_checkout, tmp_path / "bitbake", "bitbake", base)
     git(tree, "checkout", "--quiet", commit)
-    done = run("apply", tree, "--check", project=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "base %s," % base in done.stdout
+    count = git(tree, "rev-list", "--count", commit + ".." + pin).strip()
+    assert re.search(r"lib/bb/\S+ differs at line \d+ \(this is 2\.8\.0, %s commits before %s\)" % (count, pin[:12]),
+                     refused(tree))
+
+
+def clone_at(source, target, commit):
+    """A clone at any commit; skips the test if the checkout does not have it."""
+    if not git_ok(source, "cat-file", "-e", commit + "^{commit}"):
+        pytest.skip("%s does not have the commit %s" % (source, commit[:12]))
+    git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(target))
+    git(target, "checkout", "--quiet", "-b", "base", commit)
+    return target
 
 
 def test_bases_do_not_mix(bitbake_checkout, oecore_checkout, tmp_path):
@@ -123,18 +174,25 @@ def test_some_topics(bitbake_checkout, oecore_checkout, tmp_path, base, topics, 
     assert [state(tree) for tree in trees] == before
 
 
-def test_poky(poky_checkout, tmp_path):
-    """A poky of a base is applied to if all patches fit; any other is refused and not touched."""
-    tree = tmp_path / "poky"
-    git(tmp_path, "clone", "--quiet", "--shared", str(poky_checkout), str(tree))
+@pytest.mark.parametrize("base", POKY)
+def test_poky(poky_checkout, tmp_path, base):
+    tree = clone_at(poky_checkout, tmp_path / "poky", POKY[base])
     before = state(tree)
     done = run("apply", tree, project=ROOT)
-    if done.returncode == 0:
-        assert run("apply", tree, "--reverse", project=ROOT).returncode == 0
-    else:
-        assert done.returncode == 1 and ("no patches for bitbake" in done.stderr or "does not apply" in done.stderr)
-        assert done.stderr.count("\n") == 1
+    assert done.returncode == 0, done.stderr
+    applied = git(tree, "rev-parse", "netqueue^{tree}")
+    assert run("apply", tree, "--reverse", project=ROOT).returncode == 0
     assert state(tree) == before
+    assert run("format-patch", base, tmp_path / "out", "--poky", project=ROOT).returncode == 0
+    git_am(tree, tmp_path / "out", tmp_path)
+    assert git(tree, "rev-parse", "HEAD^{tree}") == applied
+
+
+@pytest.mark.parametrize("release", UNKNOWN_POKY)
+def test_unknown_poky(poky_checkout, tmp_path, release):
+    line = refused(clone_at(poky_checkout, tmp_path / "poky", UNKNOWN_POKY[release]))
+    assert "%s: this is poky %s with bitbake 2." % (tmp_path / "poky", release) in line
+    assert all(base in line for base in BASES)
 
 
 @each_base
@@ -170,6 +228,38 @@ def test_format_patch(bitbake_checkout, oecore_checkout, tmp_path, base):
         git(tree, "reset", "--quiet", "--hard", start)
         assert run("apply", tree, project=ROOT).returncode == 0
         assert git(tree, "rev-parse", "netqueue^{tree}") == wanted
+
+
+def test_bitbake_setup(bitbake_checkout, oecore_checkout, tmp_path):
+    """What its own bitbake-setup makes of the base master, from repositories with one commit each."""
+    if not environment.has_locale():
+        pytest.skip("the locale %s is missing" % environment.LOCALE)
+    sources = {}
+    for part, source in zip(PARTS, (bitbake_checkout, oecore_checkout)):
+        git(tmp_path, "init", "--quiet", part)
+        borrow_objects(tmp_path / part, [source])
+        commit = git(tmp_path / part, "commit-tree", BASES[MASTER][part]["commit"] + "^{tree}", "-m", "base").strip()
+        git(tmp_path / part, "update-ref", "refs/heads/release", commit)
+        git(tmp_path / part, "symbolic-ref", "HEAD", "refs/heads/release")
+        sources[part] = {"git-remote": {"uri": "file://%s" % (tmp_path / part), "branch": "release", "rev": "release"}}
+    configuration = {"name": "nodistro", "description": "nodistro", "setup-dir-name": "setup", "bb-layers": ["openembedded-core/meta"]}
+    (tmp_path / "one.conf.json").write_text(json.dumps({"description": "one", "version": "1.0", "sources": sources,
+                                                        "bitbake-setup": {"configurations": [configuration]}}))
+    program = clone_of(bitbake_checkout, tmp_path / "program", "bitbake", MASTER) / "bin/bitbake-setup"
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "en_US.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, str(program), "--setting", "default", "top-dir-prefix", str(tmp_path), "--setting",
+                           "default", "top-dir-name", "top", "init", "--non-interactive", str(tmp_path / "one.conf.json"),
+                           "nodistro"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:]
+    trees = [tmp_path / "top/setup/layers" / part for part in PARTS]
+    before = [state(tree) for tree in trees]
+    done = run("apply", tmp_path / "top/setup", project=ROOT)
+    assert done.returncode == 0, done.stderr
+    for tree, part in zip(trees, PARTS):
+        assert git(tree, "rev-list", "--count", "release..netqueue").strip() == str(len(load_series(MASTER, part)))
+    assert run("apply", tmp_path / "top/setup", "--reverse", project=ROOT).returncode == 0
+    assert [state(tree) for tree in trees] == before
 
 
 def poky_of(bitbake, oecore, tree, base):

@@ -110,7 +110,7 @@ def test_commit_that_does_not_fit(made, exported):
     commit(exported, "other")
     before = files(exported)
     assert_refused(run("apply", exported, project=made.project), "0002-runqueue-use-the-pool.patch does not apply",
-                   "%s differs at line" % PATH, "(this is 2.18.0, 1 commits after %s)" % pin[:12])
+                   "%s differs at line" % PATH, "(this is 2.18.0, 1 commit after %s)" % pin[:12])
     assert files(exported) == before
 
 

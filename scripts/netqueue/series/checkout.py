@@ -16,6 +16,7 @@ written; what fails later is undone, over all trees, in reverse order.
 
 import contextlib
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -81,8 +82,14 @@ def find_targets(tree, project=ROOT, topics=None):
 
 
 def find_parts(tree):
-    """The bitbake and openembedded-core trees that are tree itself or folders in it. Raises Problem."""
+    """The bitbake and openembedded-core trees that are tree itself or folders in it. Raises Problem.
+
+    Also those in its folder layers/, which bitbake-setup makes: a link in there is to a checkout of the user.
+    """
     folders = [tree] + sorted(path for path in tree.iterdir() if path.is_dir() and not path.is_symlink())
+    if (tree / "layers").is_dir():
+        inside = {path.resolve() for path in (tree / "layers").iterdir() if path.is_dir()}
+        folders += sorted(inside - set(folders))
     parts = []
     for name, version_of in zip(PARTS, (bitbake_version, oecore_version)):
         found = [Part(name, folder, version_of(folder)) for folder in folders if version_of(folder)]
@@ -123,16 +130,25 @@ def find_base(parts, bases):
     """The one base that all parts have. Raises Problem."""
     names = []
     for part in parts:
-        known = {name: _base_version(base, part.name) for name, base in bases.items()}
-        matching = [name for name, version in known.items() if _release(part, version) == _release(part, part.version)]
+        matching = [name for name, base in bases.items()
+                    if _release(part, _base_version(base, part.name)) == _release(part, part.version)]
         if not matching:
-            raise Problem("%s: no patches for %s %s, only for %s" % (part.root, part.name, part.version, ", ".join(
-                "%s (%s)" % (version, name) for name, version in sorted(known.items(), key=lambda item: item[1]))))
+            top = os.path.commonpath([part.root for part in parts])
+            raise Problem("%s: this is %s; bases are %s" % (top, describe(parts), ", ".join(
+                "%s (%s)" % (name, " or ".join(_base_version(base, part.name).split())) for name, base in bases.items())))
         names.append(matching[0])
     if len(set(names)) > 1:
         raise Problem("%s is of the base %s but %s of %s: they do not go together"
                       % (parts[0].root, names[0], parts[1].root, names[1]))
     return names[0]
+
+
+def describe(parts):
+    """What the trees are, in words: "poky walnascar with bitbake 2.12.1"."""
+    versions = {part.name: part.version for part in parts}
+    if any((part.root / "meta-poky").is_dir() for part in parts) and len(parts) == len(PARTS):
+        return "poky %s with bitbake %s" % (versions["openembedded-core"], versions["bitbake"])
+    return " and ".join("%s %s" % version for version in versions.items())
 
 
 def _base_version(base, part):
@@ -208,11 +224,15 @@ def _check_patches(part):
 
 
 def _distance(part):
-    """Where the checkout is, seen from the commit that the patches were made on; empty if it does not have that."""
-    if not part.repo or part.prefix or not git_ok(part.repo, "cat-file", "-e", part.pin + "^{commit}"):
+    """What the checkout is, seen from the commit that the patches were made on; empty if it is that, or is unknown."""
+    if not part.repo:
         return ""
+    if part.prefix or not git_ok(part.repo, "cat-file", "-e", part.pin + "^{commit}"):
+        date = git(part.repo, "log", "-1", "--format=%cs").strip()
+        return " (this is %s of %s, the patches are made for %s)" % (part.version, date, part.pin[:12])
     apart = git(part.repo, "rev-list", "--left-right", "--count", part.pin + "...HEAD").split()
-    where = ["%s commits %s" % (count, what) for count, what in zip(apart, ("before", "after")) if count != "0"]
+    where = ["%s %s %s" % (count, "commit" if count == "1" else "commits", what)
+             for count, what in zip(apart, ("before", "after")) if count != "0"]
     return " (this is %s, %s %s)" % (part.version, " and ".join(where), part.pin[:12]) if where else ""
 
 
