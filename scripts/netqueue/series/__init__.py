@@ -8,6 +8,7 @@
     checkout.py     the series on the checkouts of a user (scripts/apply)
     folders.py      the series as folders for git am (scripts/format-patch)
     export.py       patches/ and bitbake-overlay/ from a branch (scripts/export)
+    pin.py          the series on a later commit of a base (scripts/rebase)
 
 No module in here imports another package of netqueue.
 """

@@ -186,7 +186,7 @@ def change(targets, reverse, dry_run):
 def check_apply(target):
     """Say what applying would do. Raises Problem if it would not work; writes nothing."""
     if target.repo:
-        _check_state(target.repo)
+        check_state(target.repo)
         if git_ok(target.repo, "show-ref", "--verify", "--quiet", "refs/heads/" + BRANCH):
             if current_branch(target.repo) == BRANCH:
                 raise Problem("%s has the series already (it is on the branch %s)" % (target.root, BRANCH))
@@ -255,7 +255,12 @@ def _apply(target, undo):
     git(repo, "checkout", "--quiet", "-b", BRANCH)
     for part in target.parts:
         _git_am(repo, part)
-    for key, value in (("tip", git(repo, "rev-parse", "HEAD").strip()), ("start", start), ("from", came_from)):
+    remember(repo, git(repo, "rev-parse", "HEAD").strip(), start, came_from)
+
+
+def remember(repo, tip, start, came_from):
+    """Note what the branch of the series is, for configured(): its last commit, its base, and where HEAD was before."""
+    for key, value in (("tip", tip), ("start", start), ("from", came_from)):
         git(repo, "config", _key(key), value)
 
 
@@ -303,7 +308,7 @@ def check_reverse(target):
     repo = target.repo
     if current_branch(repo) != BRANCH:
         raise Problem("%s is not on the branch %s: the series is not applied" % (repo, BRANCH))
-    tip, start, came_from = (_config(repo, key) for key in ("tip", "start", "from"))
+    tip, start, came_from = (configured(repo, key) for key in ("tip", "start", "from"))
     if not (tip and start and came_from):
         raise Problem("%s: the branch %s was not made by scripts/apply" % (repo, BRANCH))
     head = git(repo, "rev-parse", "HEAD").strip()
@@ -313,7 +318,7 @@ def check_reverse(target):
             raise Problem("%s: the branch %s has commits of yours on top (%s): it is left as it is"
                           % (repo, BRANCH, extra))
         raise Problem("%s: the branch %s is no longer what scripts/apply made: it is left as it is" % (repo, BRANCH))
-    _check_state(repo)
+    check_state(repo)
     back = came_from if came_from != start else "the commit " + start[:12]
     return "%s: %s taken out, back on %s" % (repo, _counts(target), back)
 
@@ -332,7 +337,7 @@ def _reverse(target, undo):
         undo.callback(change_files(target.root, target.parts[0].patches, reverse=True))
         return
     repo = target.repo
-    tip, start, came_from = (_config(repo, key) for key in ("tip", "start", "from"))
+    tip, start, came_from = (configured(repo, key) for key in ("tip", "start", "from"))
     undo.callback(_restore_branch, repo, tip, start, came_from)
     _switch(repo, start, came_from)
     git(repo, "branch", "--quiet", "-D", BRANCH)
@@ -347,11 +352,11 @@ def _reverse(target, undo):
 
 def _restore_branch(repo, tip, start, came_from):
     git(repo, "checkout", "--quiet", "-B", BRANCH, tip)
-    for key, value in (("tip", tip), ("start", start), ("from", came_from)):
-        git(repo, "config", _key(key), value)
+    remember(repo, tip, start, came_from)
 
 
-def _config(repo, key):
+def configured(repo, key):
+    """What remember() has noted; empty if nothing"""
     with contextlib.suppress(GitError):
         return git(repo, "config", "--get", _key(key)).strip()
     return ""
@@ -364,7 +369,7 @@ def current_branch(repo):
     return ""
 
 
-def _check_state(repo):
+def check_state(repo):
     """Raises Problem unless the checkout has a commit, no local changes and nothing half done."""
     if not git_ok(repo, "rev-parse", "--verify", "--quiet", "HEAD^{commit}"):
         raise Problem("%s has no commit" % repo)
