@@ -151,7 +151,7 @@ REFUSALS = [
     (lambda made: git(made.bitbake, "checkout", "--quiet", "--orphan", "new") or commit(made.bitbake, "bb: x\n\ny"),
      "is not on top of its base"),
     (lambda made: put(made.bitbake, "lib/bb/__init__.py", '__version__ = "1.0"\n') or commit(made.bitbake, "x: y\n\nz"),
-     "no patches for bitbake 1.0"),
+     "this is bitbake 1.0"),
 ]
 
 

@@ -129,7 +129,7 @@ def test_topics(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, why", [
-    (("other", "out"), "there is no base other, only master"), ((MASTER, "full"), "full is there already and not empty"),
+    (("other", "out"), "there is no base other in patches/bases.json, only master"), ((MASTER, "full"), "full is there already and not empty"),
     ((MASTER, "file"), "file is there already"), ((MASTER, "file/out"), "file"), ((MASTER, "out", "--topics", "x"), "topics are"),
     ((MASTER, "out", "--topics", "8"), "no patch of the base master is in these topics"), ((MASTER,), "FOLDER"),
 ])

@@ -18,6 +18,9 @@ import pytest
 from netqueue import Problem, environment
 from netqueue.lab.oecore import MissingPrograms, OEBuild, TargetBuild, clones
 from netqueue.lab.processes import stop_processes
+from netqueue.lab.trees import checkout
+from netqueue.series.checkout import change, find_targets
+from netqueue.series.git import git, git_ok
 from netqueue.series.overrides import MASTER
 from netqueue.series.patches import load_bases
 from system.observe import damaged, problems, snapshot, summary
@@ -25,6 +28,8 @@ from system.observe import damaged, problems, snapshot, summary
 pytestmark = [pytest.mark.system, pytest.mark.checkout, pytest.mark.timeout(1500)]
 
 VARIANTS = ("stock", "patched")
+# A poky that holds both, of the base scarthgap
+POKY = {"poky": "1d54d1c4736a114e1cecbe85a0306e3814d5ce70"}
 SELFTESTS = ["bb.tests.runqueue", "bb.tests.fetch"]
 SELFTEST_SECONDS = 1200
 BUILD_SECONDS = 600
@@ -60,10 +65,13 @@ def bitbakes(bitbake_checkout, tmp_path_factory):
     return {name: clones(folder / name, {"bitbake": bitbake_checkout}, name == "patched").path for name in VARIANTS}
 
 
-@pytest.fixture(scope="module", params=load_bases())
+@pytest.fixture(scope="module", params=[*load_bases(), *POKY])
 def trees(bitbake_checkout, oecore_checkout, tmp_path_factory, request):
     """{"stock": Tree, "patched": Tree} of a base; skips another base than master if the checkouts do not have it"""
     folder = tmp_path_factory.mktemp("trees")
+    if request.param in POKY:
+        source = request.getfixturevalue("poky_checkout")
+        return {name: poky_tree(source, folder / name, POKY[request.param], name == "patched") for name in VARIANTS}
     sources = {"bitbake": bitbake_checkout, "openembedded-core": oecore_checkout}
     try:
         return {name: clones(folder / name, sources, name == "patched", request.param) for name in VARIANTS}
@@ -71,6 +79,18 @@ def trees(bitbake_checkout, oecore_checkout, tmp_path_factory, request):
         if request.param == MASTER:
             raise
         pytest.skip(str(problem))
+
+
+def poky_tree(source, folder, commit, patched):
+    if not git_ok(source, "cat-file", "-e", commit + "^{commit}"):
+        pytest.skip("%s does not have the commit %s" % (source, commit[:12]))
+    git(folder.parent, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(folder))
+    git(folder, "checkout", "--quiet", "-b", "base", commit)
+    if patched:
+        change(find_targets(folder), reverse=False, dry_run=False)
+    tree = checkout(folder / "bitbake")
+    tree.oecore = folder
+    return tree
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +163,7 @@ def restore(build, *arguments):
     return result
 
 
-@pytest.mark.parametrize("protocol", ["http", "sftp"])
+@pytest.mark.parametrize("protocol", ["http", "https", "sftp"])
 def test_real_classes(protocol, trees, real_files, any_mirror, tmp_path):
     server = any_mirror(protocol, real_files)
     outputs, summaries, left, counters = {}, {}, {}, {}

@@ -52,6 +52,7 @@ from netqueue.lab import sshd
 from netqueue.lab.build import Build, BuildMirror
 from netqueue.lab.certificates import make_certificates
 from netqueue.lab.delay import delayed
+from netqueue.lab.oecore import BASE as MASTER
 from netqueue.lab.oecore import OEBuild, TargetBuild, clones, sources_of_environment
 from netqueue.lab.trees import shared_tree
 from netqueue.progress import Progress
@@ -93,6 +94,7 @@ def add_options(parser):
     add_repeat(parser, 3, "runs of each, but one of sftp(1), which takes minutes; the median counts")
     parser.add_argument("--real-classes", action="store_true", help="builds with openembedded-core's classes, on clones of "
                         "the checkouts that BITBAKEDIR and OECOREDIR name")
+    parser.add_argument("--base", default=MASTER, metavar="NAME", help="with --real-classes: of this base (default: %(default)s)")
     parser.add_argument("--target", metavar="NAME", help="with --real-classes: restores all that this target of "
                         "openembedded-core needs, from made-up objects")
     add_json(parser)
@@ -103,6 +105,8 @@ def add_options(parser):
 def run(options):
     if options.target and not options.real_classes:
         raise Problem("--target is for --real-classes")
+    if options.base != MASTER and not options.real_classes:
+        raise Problem("--base is for --real-classes")
     cells = [parse(name, options) for name in (MATRIX if options.matrix else options.cell or DEFAULT)]
     if options.target:
         cells = [cell for cell in cells if not cell.small]
@@ -152,7 +156,8 @@ class Bench:
         self.work = work
         if options.real_classes:
             sources = sources_of_environment()
-            self.trees = {name: clones(work / ("tree-" + name), sources, name == PATCHED) for name in (STOCK, PATCHED)}
+            self.trees = {name: clones(work / ("tree-" + name), sources, name == PATCHED, options.base)
+                          for name in (STOCK, PATCHED)}
         else:
             self.trees = {STOCK: shared_tree(patched=False), PATCHED: patched_tree()}
         self.progress = Progress(sys.stderr)

@@ -38,8 +38,8 @@ from netqueue.bench.frame.workfolder import work_folder
 from netqueue.lab.bitbakerun import BuildTimeout
 from netqueue.lab.build import Build, BuildMirror
 from netqueue.lab.delay import delayed
+from netqueue.lab.oecore import OEBuild, clones, sources_of_environment
 from netqueue.lab.processes import POLL_SECONDS, all_pids, command_line, parent
-from netqueue.lab.trees import shared_tree
 from netqueue.progress import Progress
 
 WAYS = ("SIGKILL", "SIGTERM", "Ctrl-C", "Ctrl-C twice")
@@ -64,6 +64,8 @@ def add_options(parser):
     parser.add_argument("--prefetch", type=int, default=64, metavar="N",
                         help="BB_SETSCENE_PREFETCH; with 0 all files are fetched by tasks (default: %(default)s)")
     add_number(parser, "--objects", 60, "objects of a build")
+    parser.add_argument("--base", metavar="NAME", help="builds with openembedded-core's classes, of this base of "
+                        "patches/bases.json, from clones of the checkouts that BITBAKEDIR and OECOREDIR name")
     add_threads(parser)
     add_json(parser)
     add_work(parser)
@@ -73,8 +75,12 @@ def run(options):
     enter_venv()
     rounds, ways = [], options.way or WAYS
     with work_folder("kills-", options.work) as work, contextlib.ExitStack() as stack:
-        files = fill(work / "fill", options)
-        ranges = [Range(stack, protocol, files, work, options) for protocol in options.protocol or PROTOCOLS]
+        if options.base:
+            tree = clones(work / "tree", sources_of_environment(), patched=True, base=options.base)
+        else:
+            tree = patched_tree()
+        files = fill(work / "fill", tree, options)
+        ranges = [Range(stack, protocol, tree, files, work, options) for protocol in options.protocol or PROTOCOLS]
         for number in range(options.rounds):
             way = ways[number // len(ranges) % len(ways)]
             one = ranges[number % len(ranges)].round(number, way, random.Random("%d %d" % (options.seed, number)))
@@ -86,9 +92,13 @@ def run(options):
     return 1 if any(told(one) for one in rounds) else 0
 
 
-def fill(folder, options):
+def new_build(folder, tree, options, **others):
+    return (OEBuild if tree.oecore else Build)(folder, tree, objects=options.objects, threads=options.threads, **others)
+
+
+def fill(folder, tree, options):
     """A folder with all objects, made by a build"""
-    with Build(folder, shared_tree(patched=False), objects=options.objects, threads=options.threads) as build:
+    with new_build(folder, tree, options) as build:
         build.make_objects()
         return build.sstate
 
@@ -96,7 +106,7 @@ def fill(folder, options):
 class Range:
     """A mirror of one protocol, and the build that restores from it. usual: seconds that it takes if nothing happens."""
 
-    def __init__(self, stack, protocol, files, work, options):
+    def __init__(self, stack, protocol, tree, files, work, options):
         self.protocol = protocol
         self.files = files
         self.expected = {path.relative_to(files) for path in finals(files)}
@@ -104,9 +114,8 @@ class Range:
         link = stack.enter_context(delayed(mirror.served.port, DELAY, RATE))
         self.tools = getattr(mirror.served, "tools", None)
         served = BuildMirror(mirror.url_behind(link.port), tools=self.tools)
-        self.build = stack.enter_context(Build(work / protocol, patched_tree(), objects=options.objects, mirror=served,
-                                               threads=options.threads,
-                                               extra_conf='BB_SETSCENE_PREFETCH = "%d"' % options.prefetch))
+        self.build = stack.enter_context(new_build(work / protocol, tree, options, mirror=served,
+                                                   extra_conf='BB_SETSCENE_PREFETCH = "%d"' % options.prefetch))
         progress = Progress(sys.stderr)
         progress.step("%s, not hit" % protocol)
         # The first one parses

@@ -26,7 +26,7 @@ from netqueue.lab.build import HEADER, Build, BuildMirror
 from netqueue.lab.trees import checkout as bitbake_tree
 from netqueue.series import checkout
 from netqueue.series.git import git, git_ok
-from netqueue.series.patches import load_bases, load_series
+from netqueue.series.patches import load_base, load_series
 
 BASE = "master"
 VARIABLES = {"bitbake": "BITBAKEDIR", "openembedded-core": "OECOREDIR"}
@@ -129,7 +129,7 @@ def sources_of_environment():
 
 def clone(source, target, part, base=BASE):
     """A clone of a checkout at the base's pinned commit, which borrows its objects. Raises Problem."""
-    pin = load_bases()[base][part]["commit"]
+    pin = load_base(base)[part]["commit"]
     if not git_ok(source, "cat-file", "-e", pin + "^{commit}"):
         raise Problem("%s is no git checkout of %s that has the commit %s" % (source, part, pin))
     git(target.parent, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(target))

@@ -23,8 +23,8 @@ from netqueue import ROOT, Problem
 from netqueue.series.checkout import check_clean, find_base, find_parts
 from netqueue.series.git import EMAIL, NAME, GitError, git, git_bytes, git_ok
 from netqueue.series.overrides import MASTER, RECORD, Record, digest, in_order, key, read_record, stale
-from netqueue.series.patches import (PARTS, Patch, load_bases, load_series, parse_patch, patch_files, remove_file,
-                                     section_result, topic_number)
+from netqueue.series.patches import (PARTS, Patch, load_base, load_bases, load_series, parse_patch, patch_files,
+                                     remove_file, section_result, topic_number)
 
 # Of every patch: an edit must not change the head of the others, nor a re-export that of any.
 DATE = "Tue, 1 Sep 2026 00:00:00 +0000"
@@ -49,15 +49,14 @@ def export_tree(tree, base=None, project=ROOT):
     tree = Path(tree)
     if not tree.is_dir():
         raise Problem("%s is not a folder" % tree)
-    bases = load_bases(project)
-    if base is not None and base not in bases:
-        raise Problem("there is no base %s in patches/bases.json, only %s" % (base, ", ".join(bases)))
+    if base is not None:
+        load_base(base, project)
     parts = find_parts(tree.resolve())
-    base = base or find_base(parts, bases)
+    base = base or find_base(parts, load_bases(project))
     files = {}
     for part in parts:
         _check_checkout(part.root)
-        start = bases[base][part.name]["commit"]
+        start = load_base(base, project)[part.name]["commit"]
         folder = "patches/%s/%s" % (base, part.name)
         topics = _topics(patch_files(MASTER, part.name, project))
         patches = export_series(part.root, start, topics)

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from netqueue import ROOT, Problem
-from netqueue.series.patches import PARTS, load_bases, load_series
+from netqueue.series.patches import PARTS, load_base, load_series
 
 # What kas and quilt look for
 LIST = "series"
@@ -26,14 +26,12 @@ def write_folders(base, folder, topics=None, poky=False, project=ROOT):
 
     topics: only those of these numbers. poky: all for one repository, which has bitbake in a folder.
     """
-    pins = load_bases(project)
-    if base not in pins:
-        raise Problem("there is no base %s, only %s" % (base, ", ".join(pins)))
+    pins = load_base(base, project)
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Problem("%s is there already and not empty" % folder)
     found = {part: load_series(base, part, project, topics) for part in PARTS}
-    commits = {part: pins[base][part]["commit"][:12] for part in PARTS}
+    commits = {part: pins[part]["commit"][:12] for part in PARTS}
     if poky:
         texts = {".": [(patch.name, text_below(patch, "bitbake/" if part == "bitbake" else ""))
                        for part in PARTS for patch in found[part]]}

@@ -118,6 +118,14 @@ def load_bases(project=ROOT):
         raise Problem("%s is not what it should be: %r" % (path, error)) from error
 
 
+def load_base(base, project=ROOT):
+    """What load_bases() has of one base. Raises Problem if there is none of that name."""
+    bases = load_bases(project)
+    if base not in bases:
+        raise Problem("there is no base %s in patches/bases.json, only %s" % (base, ", ".join(bases)))
+    return bases[base]
+
+
 def parse_topics(text):
     """The numbers of topics in a text like 1-3 or 0,2-4. Raises Problem."""
     numbers = set()

@@ -19,7 +19,7 @@ from netqueue.series import checkout, export
 from netqueue.series.checkout import BRANCH, configured, current_branch
 from netqueue.series.git import GitError, git, git_ok
 from netqueue.series.overrides import MASTER
-from netqueue.series.patches import load_bases
+from netqueue.series.patches import load_base
 
 
 def move(tree, commit, base=MASTER, project=ROOT, write=True):
@@ -27,12 +27,10 @@ def move(tree, commit, base=MASTER, project=ROOT, write=True):
 
     write=False leaves the project as it is. The branch of the series stays checked out.
     """
-    bases = load_bases(project)
-    if base not in bases:
-        raise Problem("there is no base %s in patches/bases.json, only %s" % (base, ", ".join(bases)))
+    pins = load_base(base, project)
     repo = Path(tree).resolve()
     name = _part(repo).name
-    pin = bases[base][name]["commit"]
+    pin = pins[name]["commit"]
     new = _commit(repo, commit)
     if pin == new or not git_ok(repo, "merge-base", "--is-ancestor", _commit(repo, pin), new):
         raise Problem("%s: the commit %s is not after %s, which the base %s is at" % (repo, new[:12], pin[:12], base))
@@ -98,7 +96,7 @@ def _export(repo, base, name, pin, new, project):
         path.write_text(before, encoding="utf-8")
         raise
     export.write(files, project)
-    part = load_bases(project)[base][name]
+    part = load_base(base, project)[name]
     lines = ["stale: " + line for line in export.stale_overrides(project)]
     if part.get("pypi", {}).get("version", part.get("version")) != part.get("version"):
         lines.append("the package in patches/bases.json is still %(name)s %(version)s" % part["pypi"])
