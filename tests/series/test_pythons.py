@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The tests that the series brings, with the other versions of Python that are installed here."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -25,6 +26,12 @@ def interpreter(version):
         if path and subprocess.run([path, "-c", "import ssl, sqlite3, zlib"], stderr=subprocess.DEVNULL).returncode == 0:
             return path
     return None
+
+
+def test_new_files_are_python_3_8():
+    """Which scarthgap allows; the tests of checkouts run them with it."""
+    for path in (ROOT / "bitbake-overlay").rglob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 8))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

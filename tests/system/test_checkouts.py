@@ -23,11 +23,13 @@ from netqueue.series.checkout import change, find_targets
 from netqueue.series.git import git, git_ok
 from netqueue.series.overrides import MASTER
 from netqueue.series.patches import load_bases
+from series.test_pythons import interpreter
 from system.observe import damaged, problems, snapshot, summary
 
 pytestmark = [pytest.mark.system, pytest.mark.checkout, pytest.mark.timeout(1500)]
 
 VARIANTS = ("stock", "patched")
+OLDEST = [("scarthgap", "3.8"), ("wrynose", "3.9")]
 # A poky that holds both, of the base scarthgap
 POKY = {"poky": "1d54d1c4736a114e1cecbe85a0306e3814d5ce70"}
 SELFTESTS = ["bb.tests.runqueue", "bb.tests.fetch"]
@@ -236,6 +238,27 @@ def test_signed_objects(trees, signing, any_mirror, tmp_path):
     assert results["patched"] == results["stock"]
     assert wgets["stock"] > 2 * RECIPES
     assert wgets["patched"] <= 2, "what is missing may be looked for by other means"
+
+
+@pytest.mark.parametrize("protocol", ["http", "https", "sftp"])
+@pytest.mark.parametrize("base, version", OLDEST)
+def test_oldest_python(base, version, protocol, bitbake_checkout, oecore_checkout, any_mirror, tmp_path):
+    """A restore by the oldest Python that a base supports"""
+    python = interpreter(version)
+    if python is None:
+        pytest.skip("Python %s is not installed, or not complete" % version)
+    try:
+        tree = clones(tmp_path / "tree", {"bitbake": bitbake_checkout, "openembedded-core": oecore_checkout}, True, base)
+    except Problem as problem:
+        pytest.skip(str(problem))
+    with OEBuild(tmp_path / "fill", tree, objects=RECIPES, threads=8, python=python) as build:
+        restore(build, "demo-all")
+    server = any_mirror(protocol, build.sstate)
+    with OEBuild(tmp_path / "patched", tree, objects=RECIPES, threads=8, mirror=server, python=python) as build:
+        result = restore(build, "--setscene-only", "demo-all")
+    assert len(build.restored()) == RECIPES
+    assert damaged(build.sstate, tmp_path / "fill/sstate") == []
+    assert (summary(result.output).objects, summary(result.output).connections <= 8) == (RECIPES, True)
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ class Build:
     recipes        {"name.bb": text}: more recipes, or others in place of demo-NNNN.bb
     environment    variables for bitbake, beside PATH, HOME and what the mirror is known by
     levels         the longest chain of dependencies: a build restores in so many waves
+    python         the interpreter that runs bitbake
 
     target         what restores all of them
     prefix         the words of a program that runs bitbake with less than the caller may, such as prlimit
@@ -61,7 +62,7 @@ class Build:
     target = "demo-all"
 
     def __init__(self, directory, tree, objects=3, mirror=None, threads=4, extra_conf="",
-                 multiconfigs=None, recipes=None, environment=None, levels=LEVELS):
+                 multiconfigs=None, recipes=None, environment=None, levels=LEVELS, python=sys.executable):
         self.directory = Path(directory).resolve()
         self.tree = tree
         self.mirror = mirror
@@ -69,6 +70,7 @@ class Build:
                       for number in range(1, objects + 1)}
         self.levels = levels
         self.threads = threads
+        self.python = str(python)
         self.extra_conf = extra_conf
         self.multiconfigs = multiconfigs or {}
         self.recipes = recipes or {}
@@ -134,7 +136,7 @@ class Build:
         return sorted({names[other] for other in below if 0 <= other < place - place % width})
 
     def _environment(self, more):
-        path = self.tree.path_entries + [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        path = self.tree.path_entries + [str(Path(self.python).parent), os.environ.get("PATH", os.defpath)]
         # The ssh and the sftp that know the mirror's key; tasks and the presence query find them by PATH
         if getattr(self.mirror, "tools", None):
             path.insert(0, str(self.mirror.tools))
@@ -151,7 +153,7 @@ class Build:
         """Start bitbake; returns a Running at once."""
         self.runs += 1
         log = self.directory / ("console-%d.log" % self.runs)
-        command = [*self.prefix, sys.executable, str(self.tree.bitbake)] + [str(word) for word in arguments]
+        command = [*self.prefix, self.python, str(self.tree.bitbake)] + [str(word) for word in arguments]
         resident = self.environment["BB_SERVER_TIMEOUT"] != "0"
         return Running(command, self.directory, self.environment, log, resident)
 
