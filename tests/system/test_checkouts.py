@@ -60,11 +60,20 @@ def needs_locale():
         pytest.skip("the locale %s is missing" % environment.LOCALE)
 
 
-@pytest.fixture(scope="module")
-def bitbakes(bitbake_checkout, tmp_path_factory):
-    """{"stock": path, "patched": path}"""
+@pytest.fixture(scope="module", params=load_bases())
+def bitbakes(bitbake_checkout, tmp_path_factory, request):
+    """{"stock": path, "patched": path} of a base; skips another base than master if the checkout does not have it"""
     folder = tmp_path_factory.mktemp("bitbakes")
-    return {name: clones(folder / name, {"bitbake": bitbake_checkout}, name == "patched").path for name in VARIANTS}
+    return {name: clones_or_skip(folder / name, {"bitbake": bitbake_checkout}, name, request.param).path for name in VARIANTS}
+
+
+def clones_or_skip(folder, sources, name, base):
+    try:
+        return clones(folder, sources, name == "patched", base)
+    except Problem as problem:
+        if base == MASTER:
+            raise
+        pytest.skip(str(problem))
 
 
 @pytest.fixture(scope="module", params=[*load_bases(), *POKY])
@@ -75,12 +84,7 @@ def trees(bitbake_checkout, oecore_checkout, tmp_path_factory, request):
         source = request.getfixturevalue("poky_checkout")
         return {name: poky_tree(source, folder / name, POKY[request.param], name == "patched") for name in VARIANTS}
     sources = {"bitbake": bitbake_checkout, "openembedded-core": oecore_checkout}
-    try:
-        return {name: clones(folder / name, sources, name == "patched", request.param) for name in VARIANTS}
-    except Problem as problem:
-        if request.param == MASTER:
-            raise
-        pytest.skip(str(problem))
+    return {name: clones_or_skip(folder / name, sources, name, request.param) for name in VARIANTS}
 
 
 def poky_tree(source, folder, commit, patched):
@@ -247,10 +251,8 @@ def test_oldest_python(base, version, protocol, bitbake_checkout, oecore_checkou
     python = interpreter(version)
     if python is None:
         pytest.skip("Python %s is not installed, or not complete" % version)
-    try:
-        tree = clones(tmp_path / "tree", {"bitbake": bitbake_checkout, "openembedded-core": oecore_checkout}, True, base)
-    except Problem as problem:
-        pytest.skip(str(problem))
+    sources = {"bitbake": bitbake_checkout, "openembedded-core": oecore_checkout}
+    tree = clones_or_skip(tmp_path / "tree", sources, "patched", base)
     with OEBuild(tmp_path / "fill", tree, objects=RECIPES, threads=8, python=python) as build:
         restore(build, "demo-all")
     server = any_mirror(protocol, build.sstate)
