@@ -102,6 +102,15 @@ def test_poky(made):
     assert_refused(apply(made, made.poky), made.poky, "already")
 
 
+@pytest.mark.parametrize("folder", ["", "layers"])
+def test_folder_with_poky(made, tmp_path, folder):
+    """kas and others put it into their own."""
+    (tmp_path / "work" / folder).mkdir(parents=True)
+    shutil.move(str(made.poky), str(tmp_path / "work" / folder))
+    assert_ok(apply(made, tmp_path / "work"))
+    assert git(tmp_path / "work" / folder / "poky", "rev-list", "--count", "master..netqueue").strip() == "5"
+
+
 def test_bitbake_inside_poky(made):
     assert_ok(apply(made, made.poky / "bitbake"))
     assert git(made.poky, "rev-list", "--count", "master..netqueue").strip() == "4"

@@ -82,14 +82,15 @@ def find_targets(tree, project=ROOT, topics=None):
 
 
 def find_parts(tree):
-    """The bitbake and openembedded-core trees that are tree itself or folders in it. Raises Problem.
+    """The bitbake and openembedded-core trees that are tree itself or folders in it, also in a poky there. Raises Problem.
 
     Also those in its folder layers/, which bitbake-setup makes: a link in there is to a checkout of the user.
     """
     folders = [tree] + sorted(path for path in tree.iterdir() if path.is_dir() and not path.is_symlink())
     if (tree / "layers").is_dir():
-        inside = {path.resolve() for path in (tree / "layers").iterdir() if path.is_dir()}
-        folders += sorted(inside - set(folders))
+        folders += sorted(path.resolve() for path in (tree / "layers").iterdir() if path.is_dir())
+    folders += [path / "bitbake" for path in folders[1:] if not (path / "bitbake").is_symlink()]
+    folders = list(dict.fromkeys(folders))
     parts = []
     for name, version_of in zip(PARTS, (bitbake_version, oecore_version)):
         found = [Part(name, folder, version_of(folder)) for folder in folders if version_of(folder)]
