@@ -15,6 +15,8 @@ from netqueue import ROOT
 from netqueue.lab.trees import make_tree
 
 VERSIONS = ["3.%d" % minor for minor in range(9, 15)]
+# What users of releases run
+PYTHON_3_8 = ("apply", "format-patch")
 # Of those that need neither bin/ nor hashserv
 MODULES = ["connections", "datakeys", "fetchurls", "networkslots", "prefetch", "presence", "process", "sftpconnections", "siggentasks"]
 
@@ -28,10 +30,24 @@ def interpreter(version):
     return None
 
 
-def test_new_files_are_python_3_8():
-    """Which scarthgap allows; the tests of checkouts run them with it."""
-    for path in (ROOT / "bitbake-overlay").rglob("*.py"):
+def test_python_3_8():
+    """Which scarthgap allows. The tests of checkouts run the new files with it."""
+    paths = [*(ROOT / "bitbake-overlay").rglob("*.py"), *(ROOT / "scripts/netqueue/series").glob("*.py"),
+             *(ROOT / "scripts" / name for name in PYTHON_3_8)]
+    for path in paths:
         ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 8))
+
+
+def test_scripts_with_python_3_8(made, tmp_path):
+    python = interpreter("3.8")
+    if python is None:
+        pytest.skip("Python 3.8 is not installed, or not complete")
+    for arguments in (("apply", made.poky), ("apply", made.poky, "--reverse"), ("format-patch", "master", tmp_path / "out"),
+                      ("apply", made.project)):
+        command = [python, ROOT / "scripts" / arguments[0], *arguments[1:], "--project", made.project]
+        done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, timeout=120)
+        assert (done.returncode, done.stderr.count("\n")) == ((1, 1) if made.project in arguments else (0, 0)), done.stderr
 
 
 @pytest.mark.parametrize("version", VERSIONS)
