@@ -471,3 +471,19 @@ def test_wrong_arguments(made):
 def test_oecore_files_are_found_by_content(tmp_path):
     oecore_files(tmp_path / "any name")
     assert [part.name for part in checkout.find_parts(tmp_path)] == ["openembedded-core"]
+
+
+@pytest.mark.parametrize("version, fits", [("2.12.0", 4), ("2.19.0", 3)])
+def test_check_names_the_nearest_base(made, version, fits):
+    """Of a release without patches, and of a commit on which one does not fit"""
+    put(made.bitbake, "lib/bb/__init__.py", '__version__ = "%s"\n' % version)
+    if fits < 4:
+        change_line(made.bitbake, "lib/bb/runqueue.py", 30, "another line")
+    commit(made.bitbake, "another state")
+    before = state(made.bitbake)
+    done = apply(made, made.bitbake, "--check")
+    assert_refused(done, "the nearest base is master, of which %d of its 4 bitbake patches fit exactly" % fits, "git am -3")
+    done = apply(made, made.bitbake)
+    assert_refused(done)
+    assert "git am" not in done.stderr
+    assert state(made.bitbake) == before

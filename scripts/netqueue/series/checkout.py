@@ -23,9 +23,14 @@ from typing import Dict, List, Optional
 
 from netqueue import ROOT, Problem
 from netqueue.series.git import GitError, git, git_ok
-from netqueue.series.patches import PARTS, Patch, change_files, explain, load_bases, load_series, remove_file
+from netqueue.series.patches import PARTS, Patch, change_files, count_fitting, explain, load_bases, load_series, remove_file
 
 BRANCH = "netqueue"
+
+
+class Misfit(Problem):
+    """A tree of a release, or at a commit, that there are no patches for"""
+
 
 _BUSY = {
     "rebase-apply": "a git am or rebase", "rebase-merge": "a rebase", "MERGE_HEAD": "a merge",
@@ -135,7 +140,7 @@ def find_base(parts, bases):
                     if _release(part, _base_version(base, part.name)) == _release(part, part.version)]
         if not matching:
             top = os.path.commonpath([part.root for part in parts])
-            raise Problem("%s: this is %s; bases are %s" % (top, describe(parts), ", ".join(
+            raise Misfit("%s: this is %s; bases are %s" % (top, describe(parts), ", ".join(
                 "%s (%s)" % (name, " or ".join(_base_version(base, part.name).split())) for name, base in bases.items())))
         names.append(matching[0])
     if len(set(names)) > 1:
@@ -221,7 +226,19 @@ def _check_patches(part):
     except Problem as error:
         if _fits(part, reverse=True):
             raise Problem("%s has the series already" % part.root) from None
-        raise Problem("%s%s" % (error, _distance(part))) from error
+        raise Misfit("%s%s" % (error, _distance(part))) from error
+
+
+def nearest_base(tree, project=ROOT):
+    """Of which base most patches fit the tree exactly, and how many: a text for users. Raises Problem."""
+    parts = find_parts(Path(tree).resolve())
+    found = []
+    for base in load_bases(project):
+        series = [load_series(base, part.name, project) for part in parts]
+        counts = [count_fitting(part.root, patches) for part, patches in zip(parts, series)]
+        found.append((sum(counts), base, " and ".join("%d of its %d %s patches" % (count, len(patches), part.name)
+                                                      for count, patches, part in zip(counts, series, parts))))
+    return "the nearest base is %s, of which %s fit exactly; git am -3 of the rest is not promised to work" % max(found)[1:]
 
 
 def _distance(part):

@@ -220,6 +220,20 @@ def change_files(tree, patches, prefix="", reverse=False, write=True):
     return lambda: _write_files(tree, old)
 
 
+def count_fitting(tree, patches):
+    """How many of the patches fit, each after those before it that do. Writes nothing. Raises Problem."""
+    tree = Path(tree)
+    fitting = 0
+    with tempfile.TemporaryDirectory(prefix="netqueue-") as scratch:
+        scratch = Path(scratch)
+        _write_files(scratch, _read_files(tree, sorted({path for patch in patches for path in patch.paths()})))
+        for patch in patches:
+            with contextlib.suppress(Problem):
+                _apply_one(scratch, patch, "", False, tree)
+                fitting += 1
+    return fitting
+
+
 def section_result(section, entry):
     """What a section makes of entry, the (content, executable) of its file or None for none. Raises Problem."""
     with tempfile.TemporaryDirectory(prefix="netqueue-") as scratch:
