@@ -6,6 +6,7 @@ Those of the bases are applied to clones of checkouts in test_checkouts.py.
 """
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -125,7 +126,7 @@ def test_topics(tmp_path):
         headers = [patch.header for patch in read_folder(tmp_path / "out" / part)]
         assert headers == [patch.header for patch in load_series("scarthgap", part, topics={0, 2})]
     assert format_patch(ROOT, "scarthgap", tmp_path / "one", "--topics", "5").returncode == 0
-    assert [path.name for path in (tmp_path / "one").iterdir()] == ["bitbake"]
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"bitbake", "kas.yml"}
 
 
 @pytest.mark.parametrize("arguments, why", [
@@ -146,4 +147,21 @@ def test_refusals(made, tmp_path, arguments, why):
 
 def test_empty_folder(tmp_path):
     assert format_patch(ROOT, MASTER, tmp_path).returncode == 0
-    assert {path.name for path in tmp_path.iterdir()} == set(PARTS)
+    assert {path.name for path in tmp_path.iterdir()} == {*PARTS, "kas.yml"}
+
+
+@pytest.mark.parametrize("below, options, expected", [
+    ("", (), {"bitbake": "out/bitbake", "openembedded-core": "out/openembedded-core"}),
+    ("layer/kas", ("--poky",), {"poky": "kas/out"})])
+def test_kas_fragment(made, tmp_path, below, options, expected):
+    """Its paths are those below the top of the repository that it is in. With kas itself: system/test_kas.py"""
+    folder = tmp_path / below / "out"
+    if below:
+        folder.parent.mkdir(parents=True)
+        git(tmp_path / "layer", "init", "--quiet")
+    assert format_patch(made.project, "master", folder, *options).returncode == 0
+    text = (folder / "kas.yml").read_text()
+    named = re.findall(r"^  (\S+):\n    patches:\n      netqueue:\n        repo: netqueue-patches\n        path: (\S+)$",
+                       text, re.MULTILINE)
+    assert dict(named) == expected
+    assert "base master" in text and "  netqueue-patches:\n    layers: {}\n" in text

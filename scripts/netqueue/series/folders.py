@@ -5,6 +5,7 @@
 patches/<base>/ has of a base other than master only what differs there. The
 folders need nothing else: `git am FOLDER/bitbake/*.patch` takes them, and so
 do quilt and kas, for which each has a list of its patches, the file `series`.
+kas.yml is for kas alone: a project puts it behind its own file.
 
     for line in write_folders("scarthgap", Path("/src/patches"), poky=True): print(line)
 """
@@ -13,10 +14,28 @@ import re
 from pathlib import Path
 
 from netqueue import ROOT, Problem
+from netqueue.series.git import git, git_ok
 from netqueue.series.patches import PARTS, load_base, load_series
 
 # What kas and quilt look for
 LIST = "series"
+# The repository without a url is the one that the project's own file is in, where kas looks for the patches.
+KAS = "kas.yml"
+KAS_HEADER = """\
+# The patches of bitbake-netqueue, base %s. If your project names the repositories differently, do it here, too.
+header:
+  version: 8
+repos:
+  netqueue-patches:
+    layers: {}
+"""
+KAS_REPOSITORY = """\
+  %s:
+    patches:
+      netqueue:
+        repo: netqueue-patches
+        path: %s
+"""
 # Of the names: what the patches have in the folders of patches/
 _NUMBER = re.compile(r"^[0-9]{4}-")
 
@@ -41,7 +60,18 @@ def write_folders(base, folder, topics=None, poky=False, project=ROOT):
         made_for = {part: "%s %s" % (part, commits[part]) for part in texts}
     if not any(texts.values()):
         raise Problem("no patch of the base %s is in these topics" % base)
-    return [_write(folder / name, patches, made_for[name]) for name, patches in texts.items()]
+    lines = [_write(folder / name, patches, made_for[name]) for name, patches in texts.items()]
+    (folder / KAS).write_text(KAS_HEADER % base + "".join(
+        KAS_REPOSITORY % ("poky" if poky else name, (_below_top(folder) / name).as_posix()) for name in texts))
+    return lines
+
+
+def _below_top(folder):
+    """The path of folder in its git repository; that in the folder which holds it if there is none."""
+    folder = folder.resolve()
+    if not git_ok(folder, "rev-parse", "--show-toplevel"):
+        return Path(folder.name)
+    return folder.relative_to(git(folder, "rev-parse", "--show-toplevel").rstrip("\n"))
 
 
 def text_below(patch, prefix):
