@@ -15,6 +15,7 @@ then is said in one line.
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,10 @@ def ensure_venv(venv, requirements=(REQUIREMENTS,), say=print):
     if stamp.is_file() and stamp.read_text() == wanted.hexdigest() and python.exists():
         return python
     say("Making a Python venv in %s" % venv)
+    with contextlib.suppress(OSError):
+        venv.parent.mkdir(parents=True, exist_ok=True)
+    if not (venv.parent.is_dir() and os.access(venv.parent, os.W_OK)):
+        raise Problem("%s cannot be written to" % venv.parent)
     _make_venv(venv)
     for path in requirements:
         pip_install(python, ["--require-hashes", "--requirement", str(path)])
@@ -89,6 +94,11 @@ def pip_install(python, arguments):
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     output = []
     if _run(command + arguments, output):
+        # What it says at last is that there is no such package
+        unreachable = re.search(r"connection broken by '(.*)': /", "\n".join(output))
+        if unreachable:
+            why = re.sub(r"^\w+\(.*>: |['\"]?\)$", "", unreachable.group(1))
+            raise Problem("pip cannot reach the package registry: %s" % why)
         raise Problem("pip install failed: %s" % _last_line(output))
 
 

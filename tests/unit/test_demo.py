@@ -2,9 +2,13 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The demo's table, and which mirrors it can have"""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 
-from netqueue import Problem
+from netqueue import ROOT, Problem, environment
 from netqueue.demo import commandline as demo
 from netqueue.demo.table import table
 
@@ -43,3 +47,40 @@ def test_no_sshd(monkeypatch, capsys):
     assert demo._runnable(("http",)) == ["http"]
     with pytest.raises(Problem, match="sshd is not installed"):
         demo._runnable(("sftp",))
+
+
+# What is missing is told in one line
+
+def test_no_wget(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "SYSTEM_PATH", "")
+    monkeypatch.setattr(environment, "can_install", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Problem, match="wget, which is not installed"):
+        demo._prepare(("http",))
+
+
+def test_no_registry(tmp_path, monkeypatch):
+    """pip says at last that there is no such package"""
+    for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "https://127.0.0.1:1/simple", "PIP_RETRIES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(Problem, match="^pip cannot reach the package registry: [^<>]*Connection refused$"):
+        environment.pip_install(sys.executable, ["no-such-package-of-netqueue"])
+
+
+def test_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Problem, match="file cannot be written to$"):
+        environment.ensure_venv(tmp_path / "file" / "venv", say=lambda line: None)
+
+
+def test_no_loopback():
+    """In a network namespace, where it is down"""
+    apart = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("unshare") or subprocess.run([*apart, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no network namespace can be made")
+    done = subprocess.run([*apart, sys.executable, str(ROOT / "scripts" / "demo")], stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "demo: a mirror cannot be run on 127.0.0.1: Network is unreachable\n"

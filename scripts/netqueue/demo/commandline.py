@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -36,6 +37,7 @@ PROTOCOLS = ("http", "https", "sftp")
 TARGET = "demo-all"
 MAX_OBJECTS = 5000
 MAX_THREADS = 256
+LOOPBACK_SECONDS = 5
 TRUSTME = "trustme==1.2.1"
 
 
@@ -83,6 +85,9 @@ def main(arguments):
     except Problem as problem:
         print("demo: %s" % problem, file=sys.stderr)
         return 2
+    except OSError as error:
+        print("demo: %s: %s" % (error.filename or "system error", error.strerror or error), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("demo: interrupted", file=sys.stderr)
         return 130
@@ -95,11 +100,12 @@ def _in_venv():
 
 def _prepare(protocols):
     """Get what is missing, then go on in the venv."""
-    python = environment.ensure_venv(VENV)
+    _check_loopback()
     if not environment.ensure_program("wget", "wget"):
         raise Problem("stock bitbake downloads with wget, which is not installed: install it")
     if any((ROOT / "patches").rglob("*.patch")) and not environment.ensure_program("git", "git"):
         raise Problem("the patches are applied with git, which is not installed: install it")
+    python = environment.ensure_venv(VENV)
     environment.ensure_program("nginx", "nginx")
     if "sftp" in protocols:
         environment.ensure_program("sshd", "openssh-server")
@@ -108,6 +114,18 @@ def _prepare(protocols):
         environment.pip_install(python, [TRUSTME])
     sys.stdout.flush()
     os.execv(str(python), [str(python), str(ROOT / "scripts" / "demo")] + sys.argv[1:])
+
+
+def _check_loopback():
+    """A container may have no loopback interface, or no right to use one."""
+    with socket.socket() as listener, socket.socket() as client:
+        try:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            client.settimeout(LOOPBACK_SECONDS)
+            client.connect(listener.getsockname())
+        except OSError as error:
+            raise Problem("a mirror cannot be run on 127.0.0.1: %s" % (error.strerror or error)) from error
 
 
 def _runnable(protocols):
