@@ -16,7 +16,7 @@ import pytest
 
 from netqueue import ROOT, environment
 from netqueue.lab.oecore import clone
-from netqueue.series.checkout import bitbake_version, change, find_targets, oecore_version
+from netqueue.series.checkout import BRANCH, bitbake_version, change, current_branch, find_targets, oecore_version
 from netqueue.series.git import git, git_ok
 from netqueue.series.overrides import MASTER, read_record
 from netqueue.series.patches import PARTS, load_bases, load_series, parse_topics
@@ -247,11 +247,16 @@ def test_bitbake_setup(bitbake_checkout, oecore_checkout, tmp_path):
                                                         "bitbake-setup": {"configurations": [configuration]}}))
     program = clone_of(bitbake_checkout, tmp_path / "program", "bitbake", MASTER) / "bin/bitbake-setup"
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "en_US.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, str(program), "--setting", "default", "top-dir-prefix", str(tmp_path), "--setting",
-                           "default", "top-dir-name", "top", "init", "--non-interactive", str(tmp_path / "one.conf.json"),
-                           "nodistro"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-4000:]
+    # It rebases, for which git wants to know who does
+    (tmp_path / ".gitconfig").write_text("[user]\nname = somebody\nemail = somebody@example.com\n")
+
+    def bitbake_setup(*arguments):
+        done = subprocess.run([sys.executable, str(program), "--setting", "default", "top-dir-prefix", str(tmp_path), "--setting",
+                               "default", "top-dir-name", "top", *map(str, arguments)], cwd=tmp_path, env=env, text=True, timeout=280,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout[-4000:]
+
+    bitbake_setup("init", "--non-interactive", tmp_path / "one.conf.json", "nodistro")
     trees = [tmp_path / "top/setup/layers" / part for part in PARTS]
     before = [state(tree) for tree in trees]
     done = run("apply", tmp_path / "top/setup", project=ROOT)
@@ -260,6 +265,15 @@ def test_bitbake_setup(bitbake_checkout, oecore_checkout, tmp_path):
         assert git(tree, "rev-list", "--count", "release..netqueue").strip() == str(len(load_series(MASTER, part)))
     assert run("apply", tmp_path / "top/setup", "--reverse", project=ROOT).returncode == 0
     assert [state(tree) for tree in trees] == before
+
+    # Its update rebases the series onto what is new upstream
+    assert run("apply", tmp_path / "top/setup", project=ROOT).returncode == 0
+    upstream = tmp_path / "bitbake"
+    commit = git(upstream, "commit-tree", "release^{tree}", "-p", "release", "-m", "new").strip()
+    git(upstream, "update-ref", "refs/heads/release", commit)
+    bitbake_setup("update", "--setup-dir", tmp_path / "top/setup")
+    assert current_branch(trees[0]) == BRANCH
+    assert git(trees[0], "rev-list", "--count", commit + "..HEAD").strip() == str(len(load_series(MASTER, "bitbake")))
 
 
 def poky_of(bitbake, oecore, tree, base):
