@@ -61,6 +61,8 @@ class Talk:
         self.closed = False
         self._connection = connection
         self._buffer = bytearray()
+        # What is sent at once, if hold_answers() was called
+        self._held = None
         self._arrived = asyncio.Event()
         self._to_server = Direction(connection.loop, server.latency / 2, self._received)
         self._to_client = Direction(connection.loop, server.latency / 2, self._deliver)
@@ -129,8 +131,23 @@ class Talk:
         """What has arrived, and has not been asked for"""
         self._buffer.clear()
 
+    def hold_answers(self):
+        """From now on, answers to requests that have come together arrive together"""
+        self._held = bytearray()
+
     def send(self, data):
-        self._to_client.put(data)
+        if self._held is None:
+            self._to_client.put(data)
+            return
+        if not self._held:
+            self._connection.loop.call_soon(self._flush)
+        self._held += data
+
+    def _flush(self):
+        if self._held:
+            data = bytes(self._held)
+            self._held.clear()
+            self._to_client.put(data)
 
     def answer(self, request, body=b"", *headers, status=200, length=None):
         """A whole answer; to a HEAD without the body. length, if given, is a lie."""
@@ -139,9 +156,11 @@ class Talk:
         self.send(head if request.method == "HEAD" else head + body)
 
     def close(self):
+        self._flush()
         self._to_client.put(None)
 
     def reset(self):
+        self._flush()
         self._to_client.put(None, ConnectionResetError("reset"))
 
     async def forever(self):

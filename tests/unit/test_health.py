@@ -5,7 +5,7 @@
 import pytest
 
 from bb.connections import ConnectError, RefusedError, TimedOutError
-from bb.connections.health import (AWAY, MAX_DEPTH, MAX_PAUSE, MAX_SUSPENSION, PAUSE, RISE_AFTER, SUSPENSION, UNREACHABLE,
+from bb.connections.health import (AWAY, MAX_PAUSE, MAX_SUSPENSION, PAUSE, RISE_AFTER, SUSPENSION, UNREACHABLE,
                                    UNREACHABLE_SSH, UNWILLING, Health)
 
 HOST = "mirror.example"
@@ -20,7 +20,7 @@ UNTRUSTED = ConnectError("certificate", retryable=False)
 
 @pytest.fixture
 def health():
-    return Health(HOST, 4, 8)
+    return Health(HOST, 4)
 
 
 def fail(health, error, times, now=0.0):
@@ -42,7 +42,7 @@ def fail_for_good(health, error, now=0.0):
 
 
 def test_new_host(health):
-    assert (health.limit, health.depth, health.paused_until, health.suspension_reason) == (4, 8, 0, None)
+    assert (health.limit, health.paused_until, health.suspension_reason) == (4, 0, None)
     assert health.is_healthy(ROUTE)
     assert health.suspended(ROUTE, 0) is None
     assert health.rate_limit.rate is None
@@ -64,7 +64,7 @@ def test_pauses_differ():
     """So that the builds of one office do not return together."""
     pauses = set()
     for _ in range(20):
-        health = Health(HOST, 4, 8)
+        health = Health(HOST, 4)
         health.failed(BUSY, 0, 0)
         pauses.add(health.paused_until)
     assert len(pauses) > 1
@@ -102,12 +102,12 @@ def test_half_of_the_connections_after_refusals(health):
     found = []
     for now in range(4):
         health.failed(BUSY, now, now)
-        found.append((health.limit, health.depth))
-    assert found == [(2, 8), (1, 8), (1, 8), (1, 8)]
+        found.append(health.limit)
+    assert found == [2, 1, 1, 1]
     for error in (NOBODY, SILENT):
-        health = Health(HOST, 4, 8)
+        health = Health(HOST, 4)
         fail(health, error, 3)
-        assert (health.limit, health.depth, health.rate_limit.rate) == (4, 8, None)
+        assert (health.limit, health.rate_limit.rate) == (4, None)
 
 
 def test_what_was_under_way_is_part_of_the_same_failure(health):
@@ -143,17 +143,6 @@ def test_refused_again_and_again(health):
         assert health.limit == before + 1
 
 
-def test_depth_rises_where_connections_run_dry(health):
-    """Answers alone say nothing: where each takes its time depth would not help."""
-    health.answered(10 * RISE_AFTER, 0)
-    assert health.depth == 8
-    found = []
-    for _ in range(5):
-        health.ran_dry()
-        found.append(health.depth)
-    assert found == [16, 32, MAX_DEPTH, MAX_DEPTH, MAX_DEPTH]
-
-
 @pytest.mark.parametrize("most, limit", [(8, 8), (4, 4), (2, 2)])
 def test_number_of_connections_that_is_allowed(health, most, limit):
     health.set_most(most)
@@ -177,7 +166,7 @@ def test_answers_end_a_row_of_failures(health):
     (BUSY, 1, False, AWAY), (SILENT, 1, False, AWAY), (NOBODY, 1, False, AWAY), (NOBODY, 1, True, AWAY),
 ])
 def test_suspension(error, answers, login, patience):
-    health = Health(HOST, 4, 8, login)
+    health = Health(HOST, 4, login)
     health.answered(answers, 50)
     assert health.suspension_reason is None
     suspended, now = fail_for_good(health, error, 100)
@@ -200,7 +189,7 @@ def test_failure_that_lasts_long_itself(health):
     """What counts is since when it fails, not how often."""
     assert health.failed(SILENT, 0, UNWILLING - 1) is None
     assert health.failed(SILENT, UNWILLING - 1, UNWILLING)
-    assert Health(HOST, 4, 8).failed(SILENT, 0, UNWILLING)
+    assert Health(HOST, 4).failed(SILENT, 0, UNWILLING)
 
 
 def test_failed_probe_suspends_again_at_once(health):

@@ -10,14 +10,12 @@ import collections
 import pytest
 
 from bb.connections import Disconnected, ProtocolError
-from bb.connections.pipelining import (INCONCLUSIVE, KEEPALIVE_FROM, MAX_BODIES, MIN_REQUESTS, PROVEN_AFTER, SMALL_BODIES,
-                                       STRIKES, Load, Pipelining)
+from bb.connections.pipelining import (DEPTH, INCONCLUSIVE, KEEPALIVE_FROM, MAX_BODIES, MAX_DEPTH, MIN_REQUESTS, PROVEN_AFTER,
+                                       SMALL_BODIES, STRIKES, Load, Pipelining)
 from bb.connections.request import Request, Response
 from bb.connections.requestqueue import RequestQueue
 
 URL = "http://mirror.example/"
-DEPTH = 8
-
 
 class Connection:
     """What Pipelining looks at"""
@@ -58,7 +56,7 @@ def begin(pipelining, response, number=4, connection=None):
     """The Trial after an answer, or None"""
     known = head("known")
     queue = queue_of([head(str(i)) for i in range(number)])
-    return pipelining.trial(connection or Connection(), (known, response, None), queue, DEPTH)
+    return pipelining.trial(connection or Connection(), (known, response, None), queue)
 
 
 def judge(trial, *responses):
@@ -77,12 +75,12 @@ def pipelining():
 
 
 def test_one_by_one_until_it_is_known(pipelining):
-    assert pipelining.room(Connection(in_flight=0), DEPTH) == 1
-    assert pipelining.room(Connection(in_flight=1), DEPTH) == 0
+    assert pipelining.room(Connection(in_flight=0)) == 1
+    assert pipelining.room(Connection(in_flight=1)) == 0
 
 
 def test_without_a_trial():
-    assert Pipelining(needs_trial=False).room(Connection(in_flight=3), DEPTH) == DEPTH - 3
+    assert Pipelining(needs_trial=False).room(Connection(in_flight=3)) == MAX_DEPTH - 3
 
 
 def test_trial_sends_the_probe_as_the_second(pipelining):
@@ -106,7 +104,7 @@ def test_no_trial_now(pipelining, status):
 def test_no_trial_at_all(pipelining, connection):
     assert begin(pipelining, found(), connection=connection) is None
     assert begin(pipelining, found()) is None
-    assert pipelining.room(Connection(), DEPTH) == 1
+    assert pipelining.room(Connection()) == 1
 
 
 @pytest.mark.parametrize("requests", [
@@ -115,7 +113,7 @@ def test_no_trial_at_all(pipelining, connection):
 ])
 def test_too_few_questions_for_a_trial(pipelining, requests):
     queue = queue_of(requests)
-    assert pipelining.trial(Connection(), (head("known"), found(), None), queue, DEPTH) is None
+    assert pipelining.trial(Connection(), (head("known"), found(), None), queue) is None
     assert list(queue) == requests, "in the old order"
 
 
@@ -123,7 +121,7 @@ def test_answer_after_a_redirect(pipelining):
     """On the connection to the host where it has led to, it is as good as others."""
     known = Request("HEAD", "http://other.example/", {})
     known.redirect(URL + "x")
-    assert pipelining.trial(Connection(), (known, found(), None), queue_of([head(str(i)) for i in range(9)]), DEPTH)
+    assert pipelining.trial(Connection(), (known, found(), None), queue_of([head(str(i)) for i in range(9)]))
 
 
 @pytest.mark.parametrize("name", ["redirected", "GET", "error"])
@@ -132,7 +130,7 @@ def test_answer_that_is_no_use_for_a_trial(pipelining, name):
     if name == "redirected":
         known.redirect("http://other.example/")
     answer = known, found(), ProtocolError("odd") if name == "error" else None
-    assert pipelining.trial(Connection(), answer, queue_of([head(str(i)) for i in range(9)]), DEPTH) is None
+    assert pipelining.trial(Connection(), answer, queue_of([head(str(i)) for i in range(9)])) is None
 
 
 def test_works(pipelining):
@@ -140,7 +138,7 @@ def test_works(pipelining):
     answers = [missing(), found(7), found(2), missing(), found(3)]
     assert judge(trial, *answers) == ("works", [("/0", answers[0]), ("/1", answers[2]), ("/2", answers[3]), ("/3", answers[4])])
     pipelining.finish("works")
-    assert pipelining.room(Connection(in_flight=3), DEPTH) == DEPTH - 3
+    assert pipelining.room(Connection(in_flight=3)) == DEPTH - 3
     assert begin(pipelining, found()) is None, "no further trial"
 
 
@@ -153,7 +151,7 @@ def test_answers_in_another_order(pipelining, answers):
     """The probe has not the answer that it had before: all are asked again."""
     assert judge(begin(pipelining, found(7)), *answers) == ("fails", [])
     pipelining.finish("fails")
-    assert pipelining.room(Connection(in_flight=0), DEPTH) == 1
+    assert pipelining.room(Connection(in_flight=0)) == 1
     assert begin(pipelining, found()) is None
 
 
@@ -224,12 +222,86 @@ def proven(pipelining):
     return pipelining
 
 
+@pytest.mark.parametrize("latency", [None, 0.03])
+def test_more_in_flight_are_tried_on_one_connection(proven, latency):
+    """Twice as many, and none behind them until all are answered; then they are the measure for all."""
+    connection, depths = Connection(served=9), []
+    proven.answered(connection, 1, 0.02, True)
+    while proven.depth < MAX_DEPTH:
+        proven.answered(connection, 1 if latency else proven.depth, latency, True)
+        assert proven.room(Connection()) == proven.depth
+        connection.in_flight.extend(range(proven.room(connection)))
+        while connection.in_flight:
+            assert proven.room(connection) == 0
+            connection.in_flight.popleft()
+            connection.served += 1
+            proven.answered(connection, 1, 0.1, True)
+        depths.append(proven.depth)
+    assert depths == [2 * DEPTH, 4 * DEPTH, MAX_DEPTH]
+    proven.answered(connection, MAX_DEPTH, latency, True)
+    assert proven.room(connection) == MAX_DEPTH
+
+
+def test_trial_of_more_waits_for_what_is_in_flight(proven):
+    connection = Connection(served=9, in_flight=3)
+    proven.answered(connection, DEPTH, None, True)
+    assert proven.room(connection) == 0
+    connection.in_flight.clear()
+    connection.served += 3
+    proven.answered(connection, 3, None, True)
+    assert proven.room(connection) == 2 * DEPTH
+
+
+def test_no_more_in_flight_where_each_answer_takes_its_time(proven):
+    connection = Connection()
+    proven.answered(connection, 1, 0.02, True)
+    proven.ended(connection, None)
+    proven.answered(connection, DEPTH // 2, 0.04, True)
+    assert proven.room(connection) == DEPTH
+
+
+def test_fewer_than_were_to_be_tried_prove_nothing(proven):
+    connection = Connection(served=9)
+    proven.answered(connection, DEPTH, None, True)
+    connection.served += DEPTH - 1
+    proven.answered(connection, 1, None, True)
+    assert proven.depth == proven.room(connection) == DEPTH
+
+
+def test_no_more_in_flight_if_nothing_waits(proven):
+    connection = Connection(served=9)
+    proven.answered(connection, DEPTH, 0.02, False)
+    assert proven.room(connection) == DEPTH
+
+
+def test_rounds_of_few_do_not_add_up(proven):
+    connection = Connection(served=9)
+    proven.answered(connection, DEPTH, None, True)
+    for _ in range(20):
+        connection.served += 3
+        proven.answered(connection, 3, None, False)
+    assert proven.depth == DEPTH
+
+
+@pytest.mark.parametrize("error, ends", [(Disconnected("closed"), True), (ProtocolError("400"), True), (None, False)])
+def test_more_in_flight_that_fail(proven, error, ends):
+    for _ in range(STRIKES):
+        connection = Connection(served=9)
+        proven.answered(connection, DEPTH, None, True)
+        assert proven.room(connection) == 2 * DEPTH
+        proven.ended(connection, error)
+    connection = Connection(served=9)
+    proven.answered(connection, DEPTH, None, True)
+    assert (proven.room(connection) == DEPTH) is ends
+    assert proven.works
+
+
 def test_next_connection_begins_with_one_request(proven):
     """RFC 9112 9.3.2"""
     proven.broken(Connection(in_flight=5, served=50))
-    assert proven.room(Connection(served=0), DEPTH) == 1
-    assert proven.room(Connection(served=1), DEPTH) == DEPTH
-    assert proven.room(Connection(served=0), DEPTH) == DEPTH
+    assert proven.room(Connection(served=0)) == 1
+    assert proven.room(Connection(served=1)) == DEPTH
+    assert proven.room(Connection(served=0)) == DEPTH
 
 
 @pytest.mark.parametrize("served, ends", [(PROVEN_AFTER - 1, True), (PROVEN_AFTER, False)])
@@ -237,7 +309,7 @@ def test_strikes(proven, served, ends):
     """Connections that break soon, one after the other. One that has answered enough is no fault of pipelining."""
     for _ in range(STRIKES):
         proven.broken(Connection(in_flight=5, served=served))
-    assert (proven.room(Connection(), DEPTH) == 1) is ends
+    assert (proven.room(Connection()) == 1) is ends
 
 
 def test_contradictions_that_were_right_are_no_strikes(proven):
@@ -246,23 +318,24 @@ def test_contradictions_that_were_right_are_no_strikes(proven):
         proven.broken(Connection(in_flight=5, served=50))
         proven.revoke_strike()
     proven.revoke_strike()
-    assert proven.room(Connection(), DEPTH) == DEPTH
+    assert proven.room(Connection()) == DEPTH
     for _ in range(STRIKES):
         proven.broken(Connection(in_flight=5, served=50))
-    assert proven.room(Connection(), DEPTH) == 1, "none is forgiven in advance"
+    assert proven.room(Connection()) == 1, "none is forgiven in advance"
 
 
 def test_next_connection_gets_as_many_as_the_last_one_has_answered(proven):
     """Something cuts each connection after so many bytes."""
+    proven.depth = MAX_DEPTH
     proven.broken(Connection(in_flight=5, served=3))
-    assert proven.room(Connection(served=0), 64) == 1
-    assert [proven.room(Connection(served=served), 64) for served in (1, 3, 10, 100)] == [3, 3, 10, 64]
-    assert proven.room(Connection(served=10, in_flight=4), 64) == 6
+    assert proven.room(Connection(served=0)) == 1
+    assert [proven.room(Connection(served=served)) for served in (1, 3, 10, 100)] == [3, 3, 10, MAX_DEPTH]
+    assert proven.room(Connection(served=10, in_flight=4)) == 6
 
 
 def test_server_that_sends_what_belongs_to_no_answer(proven):
     proven.disable()
-    assert proven.room(Connection(), DEPTH) == 1
+    assert proven.room(Connection()) == 1
     assert begin(proven, found()) is None
 
 
@@ -271,20 +344,22 @@ def test_protocol_without_a_trial_goes_on():
     pipelining = Pipelining(needs_trial=False)
     for _ in range(10):
         pipelining.broken(Connection(in_flight=5, served=50))
-    assert pipelining.room(Connection(), DEPTH) == DEPTH
+    assert pipelining.works and pipelining.room(Connection(served=MAX_DEPTH)) == MAX_DEPTH
 
 
 def test_server_that_closes_after_so_many_answers(proven):
+    proven.depth = MAX_DEPTH
     proven.closed(Connection(served=30, close_announced=True))
-    assert proven.room(Connection(served=0, in_flight=0), 64) == 30
-    assert proven.room(Connection(served=20, in_flight=4), 64) == 6
-    assert proven.room(Connection(served=30), 64) == 64, "it did not close this one"
+    assert proven.room(Connection(served=0, in_flight=0)) == 30
+    assert proven.room(Connection(served=20, in_flight=4)) == 6
+    assert proven.room(Connection(served=30)) == MAX_DEPTH, "it did not close this one"
 
 
 @pytest.mark.parametrize("connection", [Connection(served=KEEPALIVE_FROM - 1, close_announced=True), Connection(served=30)])
 def test_other_ends_say_nothing_about_the_next(proven, connection):
+    proven.depth = MAX_DEPTH
     proven.closed(connection)
-    assert proven.room(Connection(served=0), 64) == 64
+    assert proven.room(Connection(served=0)) == MAX_DEPTH
 
 
 # What may be sent behind what is in flight

@@ -470,9 +470,12 @@ def test_404_with_a_body_that_looks_like_an_answer(simulate, late):
 
 @pytest.mark.parametrize("rest", ["answers 400", "answers nothing", "closes"])
 @pytest.mark.parametrize("limit, number", [(1, 400), (2, 1000), (4, 400), (4, 3000)])
-def test_forgets_all_behind_the_first_four_kilobytes(simulate, limit, number, rest):
-    """Of what it reads at once. Nothing is lost."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_forgets_all_behind_the_first_four_kilobytes(simulate, at_once, limit, number, rest):
+    """Of what it reads at once. Nothing is lost, also if its answers come all at once."""
     async def script(talk):
+        if at_once:
+            talk.hold_answers()
         while True:
             request = await talk.request()
             if talk.behind and len(talk._buffer) > 4096:

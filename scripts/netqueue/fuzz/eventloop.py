@@ -55,6 +55,10 @@ class Loop:
         self.timers.add(timer)
         return timer
 
+    def call_soon(self, function, *arguments):
+        """At once: used only with a Python before 3.11"""
+        function(*arguments)
+
     def call_later(self, seconds, function, *arguments):
         return self.call_at(self.now + seconds, function, *arguments)
 

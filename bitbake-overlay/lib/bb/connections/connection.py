@@ -21,6 +21,7 @@ event loop's thread and does not block. Does not retry requests.
 
 import asyncio
 import collections
+import sys
 
 from bb.connections import ConnectionCacheError, Disconnected, ProtocolError, TimedOutError
 
@@ -30,6 +31,8 @@ MIN_RATE = 1000
 RATE_SECONDS = 30
 # Bytes of the receive buffer: twice the longest unit that has to fit into it, an SFTP packet
 BUFFER = 512 * 1024
+# Whether asyncio passes each TLS record on by itself, instead of all that a read has brought
+SEPARATE_RECORDS = sys.version_info < (3, 11)
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -67,6 +70,8 @@ class Connection(asyncio.BufferedProtocol):
         # Whether parse() has consumed the beginning of an answer
         self.in_answer = False
         self._answers = []
+        # Whether report() will be called soon
+        self.reporting = False
         self._last_data = self._timer = None
         self.arrived = 0
         # Values of arrived, served and the time when the rate was last measured
@@ -121,6 +126,7 @@ class Connection(asyncio.BufferedProtocol):
         """Close the connection and call owner.ended(), unless that has been done before"""
         if self.is_open:
             self._end()
+            self.report()
             self.owner.ended(self, error)
 
     @staticmethod
@@ -154,14 +160,23 @@ class Connection(asyncio.BufferedProtocol):
             error = e
         except Exception as e:
             error = ProtocolError("%s: %r" % (self.origin.host, e))
-        answers, self._answers = self._answers, []
         if ended:
             # Before the answers are reported, so that the owner sends nothing further on this connection
             self._end()
-        if answers:
-            self.owner.answered(self, answers)
+        if ended or not SEPARATE_RECORDS:
+            self.report()
+        elif self._answers and not self.reporting:
+            self.reporting = True
+            self.loop.call_soon(self.report)
         if ended:
             self.owner.ended(self, error)
+
+    def report(self):
+        """Pass the answers to the owner, if there are any"""
+        self.reporting = False
+        answers, self._answers = self._answers, []
+        if answers:
+            self.owner.answered(self, answers)
 
     def _end(self):
         self.is_open = False

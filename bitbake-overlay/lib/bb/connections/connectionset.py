@@ -99,7 +99,7 @@ class ConnectionSet:
     def fill(self, connection, queue):
         """Send as many requests from queue on connection as it may have in flight"""
         host = self._host
-        room = host.pipelining.room(connection, host.health.depth)
+        room = host.pipelining.room(connection)
         if len(connection.in_flight) > room and len(queue) > room:
             # Wait until half is answered: sending many requests at once needs fewer system calls, also in the server
             return
@@ -188,7 +188,7 @@ class ConnectionSet:
         # Logins are slow, and sshd may refuse them. How long sessions remain busy with files is not known.
         sessions = sum(not any(request.fd is not None for request in connection.in_flight)
                        for connection in self.of_route(route))
-        return not sessions or len(queue) * self.latency > sessions * self._host.health.depth * self._login
+        return not sessions or len(queue) * self.latency > sessions * self._host.pipelining.depth * self._login
 
     def _may_open(self, route):
         """Whether the limits permit a further connection. If not, one of another route may be retired for it."""

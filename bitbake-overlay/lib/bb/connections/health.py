@@ -9,10 +9,10 @@ Back-off and breaker of a host: when it may be used, over how many connections,
 and with how many requests in flight on each. Used by host.py and failures.py,
 which report events with the loop's time; no input or output.
 
-    health = Health("mirror.example", most=4, depth=8)
+    health = Health("mirror.example", most=4)
     health.failed(error, sent, now)     # refused, silent, not connected
     health.answered(12, now)
-    health.paused_until, health.suspended(route, now), health.limit, health.depth
+    health.paused_until, health.suspended(route, now), health.limit
 
 Each failure pauses the host, longer with each consecutive one; refusals also
 reduce the connections and the rate, which rise again with its answers. A host
@@ -47,30 +47,27 @@ MAX_SUSPENSION = 600
 RISE_AFTER = 32
 # The largest number of answers that this grows to, so that all connections can be regained within a build
 LATEST_RISE = 512
-# The largest number of requests in flight on one connection: enough for 3000 per second at 20 ms per round trip
-MAX_DEPTH = 64
 
 
 class Health:
     """
-    most is the largest number of connections, depth the initial number of
-    requests in flight on each, login whether connections require a login.
+    most is the largest number of connections, login whether they require a
+    login.
 
     answers             number of answers, without refusals, so far
     answered_at         time of the last answer
     paused_until        time before which nothing may be sent
     retry_after         seconds for which the host asks to wait, if it is paused because of that, or None
-    limit, depth        connections, and requests in flight on each, that are permitted now
+    limit               number of connections that are permitted now
     rate_limit          a RateLimit
     suspension_reason   text of the last error that suspended the host, or a route to it, in this build, or None
     """
 
-    def __init__(self, host, most, depth, login=False):
+    def __init__(self, host, most, login=False):
         self.answers = 0
         self.answered_at = self.paused_until = 0
         self.retry_after = None
         self.limit = self.most = most
-        self.depth = depth
         self.rate_limit = RateLimit()
         self.suspension_reason = None
         self._host = host
@@ -106,13 +103,6 @@ class Health:
         if self._rising <= 0:
             self._rising = self._rise_after
             self.limit = min(self.limit + 1, self.most)
-
-    def ran_dry(self):
-        """
-        Increase depth: all requests in flight on a connection were answered at once. That does not happen if each answer
-        takes time, which only further connections (growth.py) can shorten.
-        """
-        self.depth = min(self.depth * 2, MAX_DEPTH)
 
     def connected(self, route):
         self._suspended.pop(route, None)

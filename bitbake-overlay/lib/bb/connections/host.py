@@ -27,13 +27,11 @@ from bb.connections.connectionset import IDLE, ConnectionSet
 from bb.connections.diagnosis import Diagnosis, is_ambiguous
 from bb.connections.failures import ATTEMPTS, Failures
 from bb.connections.growth import Growth
-from bb.connections.health import MAX_DEPTH, Health
+from bb.connections.health import Health
 from bb.connections.pipelining import Pipelining
 from bb.connections.request import FORBIDDEN, HEAD_REFUSED, redact
 from bb.connections.requestqueue import RequestQueues
 
-# Initial number of requests in flight on a connection if pipelining needs a trial: few are lost if it fails
-DEPTH = 8
 # Requests per second below which no trial is made, since the rate limit would probably refuse a part of it
 TRIAL_RATE = 128
 
@@ -53,7 +51,7 @@ class Host:
     def __init__(self, pool, origin, connect, kind):
         self.origin = origin
         self.statistics = types.SimpleNamespace(requests=0, connections=0, retries=0, refusals=0, files=0, bytes=0)
-        self.health = Health(origin.host, pool.limit, DEPTH if kind.needs_trial else MAX_DEPTH, kind.serial)
+        self.health = Health(origin.host, pool.limit, kind.serial)
         self.connections = ConnectionSet(pool, self, connect, kind)
         self._pool = pool
         self._loop = pool.loop
@@ -90,6 +88,8 @@ class Host:
 
     def stop(self):
         """Fail all requests and close all connections. No requests may be submitted afterwards."""
+        for connection in list(self.connections.established):
+            connection.report()
         requests = self.queues.clear() + self.diagnosis.clear() + self.failures.clear()
         for connection in self.connections.established:
             requests += self._trial.requests if self._in_trial(connection) else connection.in_flight
@@ -138,7 +138,7 @@ class Host:
         waiting = len(self.queues)
         if waiting and self.health.limit == self.health.most:
             arrived = self.connections.arrived + sum(connection.arrived for connection in self.connections.established)
-            self.health.set_most(self.growth.update(now, self.connections.size, self.health.depth, arrived, self.health.answers,
+            self.health.set_most(self.growth.update(now, self.connections.size, self.pipelining.depth, arrived, self.health.answers,
                                                 waiting))
         else:
             self.growth.pause()
@@ -175,6 +175,7 @@ class Host:
         """Called by Connection with [(request, response, error)]"""
         if connection.served == len(answers):
             self.connections.served(connection)
+        at_once = len(answers)
         if self._in_trial(connection):
             if not self._trial.add(answers):
                 return
@@ -199,11 +200,11 @@ class Host:
                 # An ambiguous answer to a probe is not counted: it does not show that the host has recovered
                 counted += ambiguous
         self._count(len(good) - counted)
+        latency = None
         if good and good[-1][0].fd is None:
-            self.connections.latency = self._loop.time() - good[-1][0].sent
+            self.connections.latency = latency = self._loop.time() - good[-1][0].sent
+        self.pipelining.answered(connection, at_once, latency, bool(self.queues.get(connection.route)))
         if connection.is_open and not connection.in_flight:
-            if len(answers) > self.health.depth // 2 and self.queues.get(connection.route):
-                self.health.ran_dry()
             if self._sends_stray_data and answers and answers[-1][1] and answers[-1][1].status != 200:
                 # Stray data may follow, and be mistaken for the next answer
                 connection.close()
@@ -269,7 +270,7 @@ class Host:
         rate = self.health.rate_limit.rate
         if queue and not self._trial and not self.diagnosis.probes_only and not connection.retiring and \
                 self._loop.time() >= self.health.paused_until and (rate is None or rate > TRIAL_RATE):
-            self._trial = self.pipelining.trial(connection, answer, queue, self.health.depth)
+            self._trial = self.pipelining.trial(connection, answer, queue)
             if self._trial:
                 self.connections.send(connection, self._trial.sent)
         return self._in_trial(connection)
@@ -295,6 +296,7 @@ class Host:
             self._sends_stray_data = True
             self.pipelining.disable()
         self.connections.arrived += connection.arrived
+        self.pipelining.ended(connection, error)
         self._schedule()
         requests = list(connection.in_flight)
         if self._in_trial(connection):

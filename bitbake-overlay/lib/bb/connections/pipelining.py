@@ -12,13 +12,15 @@ servers to support pipelining (RFC 9112 9.3.2), but some servers, and devices in
 front of them, mix up answers or close the connection. So it is tried out first,
 with requests that are due anyway and, among them, a probe whose answer can be
 distinguished from theirs: the HEAD of a file that is known to exist, or else an
-OPTIONS. Pipelining is disabled for a server that fails the trial, repeatedly
+OPTIONS. The number of requests in flight is increased step by step, each time on
+one connection first, since some servers drop what exceeds their buffer. Pipelining
+is disabled for a server that fails the trial, repeatedly
 breaks connections with several requests in flight, or sends answers that
 contradict earlier ones about the same file.
 
     pipelining = Pipelining(needs_trial=True)
-    trial = pipelining.trial(connection, answer, queue, depth)      # send trial.sent
-    number = pipelining.room(connection, depth)
+    trial = pipelining.trial(connection, answer, queue)     # send trial.sent
+    number = pipelining.room(connection)
     Load(connection.in_flight, needs_trial=True).admits(request, has_spare)
 """
 
@@ -27,6 +29,10 @@ import itertools
 from bb.connections import Disconnected
 from bb.connections.request import ABSENT, FORBIDDEN, NO_VALIDATORS, Request
 
+# Initial number of requests in flight on a connection if pipelining needs a trial: few are lost if it fails
+DEPTH = 8
+# The largest number: enough for 3000 requests per second at 20 ms per round trip
+MAX_DEPTH = 64
 # Requests that a trial needs besides the probe, which has neighbours on both sides then
 MIN_REQUESTS = 3
 # Statuses by which a server refuses or fails for now, so that the trial has no result
@@ -46,10 +52,18 @@ KEEPALIVE_FROM = 10
 
 
 class Pipelining:
-    """works: whether several requests may be in flight on a connection to the host, or None before the trial"""
+    """
+    works   whether several requests may be in flight on a connection to the host, or None before the trial
+    depth   how many
+    """
 
     def __init__(self, needs_trial):
         self.works = None if needs_trial else True
+        self.depth = DEPTH if needs_trial else MAX_DEPTH
+        # The connection on which twice as many are tried, its number of answers before, and how often that has failed
+        self._deeper, self._served_before, self._deeper_failed = None, None, 0
+        # Shortest time in seconds for an answer without a body
+        self._shortest = float("inf")
         self._needs_trial = needs_trial
         self._strikes = self._inconclusive = 0
         # Whether the next connection begins with a single request, since one broke with several in flight
@@ -59,19 +73,45 @@ class Pipelining:
         # Number of answers on the connection that broke last: the next one begins with as many requests
         self._last_served = None
 
-    def room(self, connection, depth):
-        """Number of further requests for connection if depth requests may be in flight"""
+    def room(self, connection):
+        """Number of further requests for connection"""
         in_flight = len(connection.in_flight)
         if not self.works or self._start_single and not connection.served:
             return 1 - in_flight
         self._start_single = False
-        room = depth - in_flight
+        room = self.depth - in_flight
+        if connection is self._deeper:
+            # None until all are answered: if some have been dropped, further answers would be taken for theirs
+            room = 0 if in_flight else min(2 * self.depth, MAX_DEPTH)
         if self._last_served is not None:
             room = min(room, max(self._last_served, connection.served) - in_flight)
         if self._answers_until_close is not None and connection.served < self._answers_until_close:
             # The server will close the connection after these
             room = min(room, self._answers_until_close - connection.served - in_flight)
         return room
+
+    def answered(self, connection, number, latency, waiting):
+        """
+        number answers have arrived on connection at once, the last one latency seconds after its request (None for a
+        body). If that is about one round trip, and requests are waiting, more of them in flight increase the throughput;
+        if each answer takes time, only further connections (growth.py) do.
+        """
+        if latency is not None:
+            self._shortest = min(self._shortest, latency)
+        if connection is self._deeper and not connection.in_flight:
+            if self._served_before is not None:
+                self.depth = max(self.depth, connection.served - self._served_before)
+                self._deeper = None
+            self._served_before = connection.served
+        if waiting and self.works and not self._deeper and self.depth < MAX_DEPTH and self._deeper_failed < STRIKES and \
+                (number > self.depth // 2 or latency is not None and latency < 2 * self._shortest):
+            self._deeper, self._served_before = connection, None if connection.in_flight else connection.served
+
+    def ended(self, connection, error):
+        """connection has ended. error is None for an orderly end."""
+        if connection is self._deeper:
+            self._deeper = None
+            self._deeper_failed += error is not None
 
     def closed(self, connection):
         """connection has ended in an orderly way"""
@@ -92,7 +132,7 @@ class Pipelining:
     def revoke_strike(self):
         self._strikes = max(0, self._strikes - 1)
 
-    def trial(self, connection, answer, queue, depth):
+    def trial(self, connection, answer, queue):
         """
         Returns a Trial with requests taken from queue, or None if none is needed or possible now. answer, (request,
         response, error), is the last one on connection, which is idle.
@@ -107,7 +147,7 @@ class Pipelining:
         if response.status != 200 and response.status not in ABSENT:
             return None
         requests = list(itertools.takewhile(lambda request: request.method == "HEAD" and not request.exclusive,
-                                            itertools.islice(queue, depth)))
+                                            itertools.islice(queue, self.depth)))
         if len(requests) < MIN_REQUESTS:
             return None
         for _ in requests:

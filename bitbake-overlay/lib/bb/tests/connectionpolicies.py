@@ -18,7 +18,7 @@ from bb.connections.ratelimit import RateLimit
 
 class HealthTest(unittest.TestCase):
     def setUp(self):
-        self.health = Health("mirror.example", 4, 8)
+        self.health = Health("mirror.example", 4)
 
     def suspend(self, error, now=0):
         """Fail as soon as it may be tried again, until the host is suspended. Returns (error for all requests, time)."""
@@ -142,9 +142,32 @@ class PipeliningTest(unittest.TestCase):
         return types.SimpleNamespace(served=served, in_flight=in_flight, close_announced=True)
 
     def test_one_request_before_the_trial(self):
-        self.assertEqual(self.pipelining.room(self.connection(), 8), 1)
+        self.assertEqual(self.pipelining.room(self.connection()), 1)
         self.pipelining.finish("works")
-        self.assertEqual(self.pipelining.room(self.connection(in_flight=(1, 2)), 8), 6)
+        self.assertEqual(self.pipelining.room(self.connection(in_flight=(1, 2))), 6)
+
+    def test_more_requests_are_tried_on_one_connection(self):
+        self.pipelining.finish("works")
+        connection, other = self.connection(served=9), self.connection(served=9)
+        self.pipelining.answered(connection, 8, None, True)
+        self.assertEqual((self.pipelining.room(connection), self.pipelining.room(other)), (16, 8))
+        connection.in_flight, connection.served = (1,), 24
+        self.assertEqual(self.pipelining.room(connection), 0)
+        connection.in_flight, connection.served = (), 25
+        self.pipelining.answered(connection, 1, None, True)
+        self.assertEqual(self.pipelining.room(other), 16)
+
+    def test_more_requests_that_fail(self):
+        self.pipelining.finish("works")
+        for _ in range(STRIKES):
+            connection = self.connection()
+            self.pipelining.answered(connection, 8, None, True)
+            self.assertEqual(self.pipelining.room(connection), 16)
+            connection.in_flight = (1, 2)
+            self.pipelining.ended(connection, TimedOutError("silent"))
+        connection.in_flight = ()
+        self.pipelining.answered(connection, 8, None, True)
+        self.assertEqual(self.pipelining.room(connection), 8)
 
     def test_broken_connections(self):
         self.pipelining.finish("works")
@@ -153,14 +176,14 @@ class PipeliningTest(unittest.TestCase):
             self.pipelining.broken(self.connection(served=PROVEN_AFTER))
         self.assertTrue(self.pipelining.works)
         # The next one begins with one request
-        self.assertEqual(self.pipelining.room(self.connection(), 8), 1)
+        self.assertEqual(self.pipelining.room(self.connection()), 1)
         self.pipelining.broken(self.connection(served=2))
         self.assertFalse(self.pipelining.works)
 
     def test_number_of_requests_per_connection(self):
         self.pipelining.finish("works")
         self.pipelining.closed(self.connection(served=100))
-        self.assertEqual(self.pipelining.room(self.connection(served=98), 8), 2)
+        self.assertEqual(self.pipelining.room(self.connection(served=98)), 2)
 
     def request(self, size=None, validators=None, fd=None, exclusive=False):
         identity = None if size is None else (size, validators)
