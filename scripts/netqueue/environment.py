@@ -24,6 +24,7 @@ from pathlib import Path
 from netqueue import Problem
 
 REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
+S3_REQUIREMENTS = REQUIREMENTS.with_name("requirements-s3.txt")
 INSTALL_SECONDS = 900
 SYSTEM_PATH = ":/usr/local/sbin:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")

@@ -12,7 +12,7 @@ from system.observe import problems, restore, summary
 pytestmark = pytest.mark.system
 
 
-@pytest.mark.parametrize("last", [3, 4, 5])
+@pytest.mark.parametrize("last", [3, 4, 5, 6])
 def test_without_the_last_topics(last, any_mirror, make_build, tmp_path):
     """Each is also a state that a distribution may ship."""
     tree = make_tree(tmp_path / "tree", True, ROOT / "build" / "cache", topics=set(range(last + 1)))

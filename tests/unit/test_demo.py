@@ -40,6 +40,21 @@ def test_table_without_what_was_not_measured():
     assert shown["presence query, seconds"] == ["-", "1.00", "-"]
 
 
+def test_table_of_s3():
+    shown = lines(*((row, dict(detail, aws=number)) for (row, detail), number in
+                    ((run("stock", "s3", 15), 15), (run("patched", "s3", 9), 0))))
+    assert shown["processes of aws"] == ["15", "0", "0.000"]
+    assert "processes of aws" not in lines(run("stock", "http", 15), run("patched", "http", 12))
+
+
+def test_no_s3_server(monkeypatch, capsys):
+    monkeypatch.setattr("netqueue.lab.s3server.missing", lambda: "aws")
+    assert demo._runnable(("http", "s3")) == ["http"]
+    assert capsys.readouterr().out == "s3 is left out: aws is not installed\n"
+    with pytest.raises(Problem, match="s3: aws is not installed"):
+        demo._runnable(("s3",))
+
+
 def test_no_sshd(monkeypatch, capsys):
     monkeypatch.setattr("netqueue.lab.sshd.missing", lambda: "sshd")
     assert demo._runnable(("http", "https", "sftp")) == ["http", "https"]

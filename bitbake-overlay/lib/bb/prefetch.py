@@ -30,6 +30,7 @@ state belongs to the runqueue's thread, and no method waits for the network.
 
 import collections
 import contextlib
+import heapq
 import logging
 import os
 import time
@@ -464,18 +465,20 @@ def order(rqexe):
     queued = set()
     # {hard dependency that is not done: tasks that wait for it}
     held = {}
-    queue = collections.deque()
+    # (place, task)
+    queue = []
 
     def add(tids):
-        new = [tid for tid in tids if tid not in queued and tid not in done]
-        queued.update(new)
-        queue.extend(new)
+        for tid in tids:
+            if tid not in queued and tid not in done:
+                queued.add(tid)
+                heapq.heappush(queue, (sqdata.order[tid], tid))
 
-    add(tid for tid in rqexe.rqdata.runq_setscene_tids if tid in rqexe.sq_buildable)
-    for tid in sorted(rqexe.sq_running - rqexe.scenequeue_covered - notcovered):
-        add(dep for dep in sorted(sqdata.sq_deps[tid]) if sqdata.sq_revdeps[dep] <= done)
+    add(rqexe.sq_buildable)
+    for tid in rqexe.sq_running - rqexe.scenequeue_covered - notcovered:
+        add(dep for dep in sqdata.sq_deps[tid] if sqdata.sq_revdeps[dep] <= done)
     while queue:
-        tid = queue.popleft()
+        _, tid = heapq.heappop(queue)
         if tid in done or rqexe.sq_deferred.get(tid, tid) != tid and rqexe.sq_deferred[tid] not in rqexe.runq_complete:
             # The outcome of a deferred task is not known yet
             continue
@@ -501,7 +504,7 @@ def order(rqexe):
                 covered.add(tid)
         done.update(finished)
         for one in finished:
-            add(dep for dep in sorted(sqdata.sq_deps[one]) if sqdata.sq_revdeps[dep] <= done)
+            add(dep for dep in sqdata.sq_deps[one] if sqdata.sq_revdeps[dep] <= done)
             waiting = held.pop(one, ())
             queued.difference_update(waiting)
             add(waiting)

@@ -32,6 +32,7 @@ import logging
 import os
 
 import bb
+from bb.connections.awsconfig import OTHERS as AWS_VARIABLES
 from bb.connections.request import ENVIRONMENT
 from bb.fetch2 import shared
 from bb.presencequery import Query
@@ -44,7 +45,7 @@ PROGRESS_FROM = 100
 MANY = 50
 # Variables that select how the fetcher gets an object, besides those of its environment
 FETCHER_SETTINGS = ("BB_NO_NETWORK", "BB_ALLOWED_NETWORKS", "BB_CHECK_SSL_CERTS", "BB_CONNECTION_CACHE", "FETCHCMD_sftp",
-                    "FETCHCMD_wget")
+                    "FETCHCMD_wget", "FETCHCMD_s3", "AZ_SAS") + AWS_VARIABLES
 
 
 class Presence:

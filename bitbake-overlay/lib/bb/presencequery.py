@@ -9,8 +9,8 @@ One batch query for the presence of files on mirrors.
 
 Called by presence.py. fetch2 turns each URL into those of the mirrors, in the
 order in which it would try them. A mirror is queried only for files that the
-mirrors before it lack, or while these do not answer. http, https and sftp
-mirrors are queried over the shared connections; all others (file, s3, with a
+mirrors before it lack, or while these do not answer. http, https, sftp, s3 and
+az mirrors are queried over the shared connections; all others (file, gs, with a
 FETCHCMD_wget), and servers whose answers those do not understand, by the
 fetcher's own checkstatus() in BB_NUMBER_THREADS threads.
 
@@ -114,7 +114,7 @@ class Locations:
         mirror = ud.url.partition("://")[2].partition("/")[0], ud.type, ud.user, ud.pswd
         if mirror not in self._described:
             self._described[mirror] = shared.describe_mirror(ud, self.d)
-        return dict(self._described[mirror], method=method, url=shared.request_url(ud))
+        return dict(self._described[mirror], method=method, url=shared.request_url(ud, self.d))
 
 
 class Query:

@@ -25,7 +25,10 @@ server.peers, which is only read here, to the server's.
 
 import bb
 import bb.event
+from bb.connections.pool import PROTOCOLS
+from bb.connections.s3 import S3
 from bb.connections.server import ConnectionServer
+from bb.fetch2 import shared
 from bb.networksettings import ADDRESS, settings
 
 # Shortest pause in seconds, requested by a mirror, that is reported: shorter ones are not noticed
@@ -49,6 +52,7 @@ class SharedConnections:
         self.reported = set()
         # Origins of hosts whose pauses have been reported
         self._paused = set()
+        self._s3 = None
 
     def start(self, needed=True):
         """
@@ -62,7 +66,9 @@ class SharedConnections:
             bb.fatal(str(e))
         if not needed or not self.settings.enabled or self.server:
             return
-        server = ConnectionServer(self.settings.connections, self.settings.most_connections, log=serverlog)
+        self._s3 = S3({**bb.fetch2.get_fetcher_environment(self.d), **shared.aws_environment(self.d)})
+        server = ConnectionServer(self.settings.connections, self.settings.most_connections, log=serverlog,
+                                  protocols={**PROTOCOLS, "s3": self._s3.protocol})
         try:
             server.start()
         except (OSError, RuntimeError) as e:
@@ -84,6 +90,7 @@ class SharedConnections:
         self.d.delVar(ADDRESS)
         if self.prefetch:
             self.prefetch.stop()
+        self._s3.close()
         if not server.stop():
             serverlog("the thread did not terminate")
         server.deliver()
@@ -92,14 +99,24 @@ class SharedConnections:
         self._report(server)
 
     def report_pauses(self):
-        """Report the hosts that request a pause, each of them once"""
+        """Report the hosts that request a pause, and those that are left to the fetcher, each of them once"""
+        self._report_unusable(self.server)
         for host in list(self.server.pool.hosts.values()):
             seconds = host.health.retry_after
             if seconds and seconds >= REPORTED_PAUSE and host.origin not in self._paused:
                 self._paused.add(host.origin)
                 bb.note("Sstate mirror %s://%s requests a pause of %d seconds" % (host.origin.scheme, host.origin.host, seconds))
 
+    def _report_unusable(self, server):
+        for host in list(server.pool.hosts.values()):
+            for error in list(host.unusable.values())[:1]:
+                if host.origin.host not in self.reported:
+                    self.reported.add(host.origin.host)
+                    bb.warn("Cannot use shared connections to %s://%s, using the fetcher instead: %s" %
+                            (host.origin.scheme, host.origin.host, error))
+
     def _report(self, server):
+        self._report_unusable(server)
         hosts = list(server.pool.hosts.values())
         for host in hosts:
             if host.health.suspension_reason and host.origin.host not in self.reported:

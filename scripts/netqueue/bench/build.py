@@ -8,7 +8,7 @@ are small:
 
     http-20ms  https-20ms  sftp-20ms  http-0ms  http-20ms-cap  sftp-20ms-small
 
-are the default; any other of that form can be had by --cell. In each the same
+are the default; any other of that form, and with s3, can be had by --cell. In each the same
 objects are restored, from the same server, in turns by
 
     stock                   stock bitbake
@@ -17,7 +17,7 @@ objects are restored, from the same server, in turns by
     TOOL, then stock        a script that downloads the same files, then stock bitbake with all of them local
 
 and beside these the parts of the last one alone: the download by each tool
-(curl; sftp and, if it is installed, lftp), and the build with everything local,
+(curl; sftp and, if it is installed, lftp; aws), and the build with everything local,
 for both trees. Recipes are parsed before. The median counts.
 
 The mirror and the proxy run on the processors that the build runs on, which a
@@ -48,7 +48,7 @@ from netqueue.bench.frame.options import (add_json, add_number, add_repeat, add_
 from netqueue.bench.frame.picture import draw
 from netqueue.bench.frame.trees import enter_venv, patched_tree
 from netqueue.bench.frame.workfolder import put_away, work_folder
-from netqueue.lab import sshd
+from netqueue.lab import s3server, sshd
 from netqueue.lab.build import Build, BuildMirror
 from netqueue.lab.certificates import make_certificates
 from netqueue.lab.delay import delayed
@@ -58,7 +58,7 @@ from netqueue.lab.trees import shared_tree
 from netqueue.progress import Progress
 
 DEFAULT = ("http-20ms", "https-20ms", "sftp-20ms", "http-0ms", "http-20ms-cap", "sftp-20ms-small")
-MATRIX = tuple("%s-%dms%s%s" % (protocol, delay, cap, small) for protocol in ("http", "https", "sftp")
+MATRIX = tuple("%s-%dms%s%s" % (protocol, delay, cap, small) for protocol in ("http", "https", "sftp", "s3")
                for delay in (0, 20) for cap in ("", "-cap") for small in ("", "-small"))
 SECONDS = 3600
 PARSES = 5
@@ -112,7 +112,10 @@ def run(options):
         cells = [cell for cell in cells if not cell.small]
         if not cells:
             raise Problem("--target: its objects are not small ones")
-    enter_venv()
+    with_s3 = any(cell.protocol == "s3" for cell in cells)
+    enter_venv(with_s3)
+    if with_s3 and s3server.missing():
+        raise Problem("s3: %s is not installed" % s3server.missing())
     done, problems = [], []
     with work_folder("build-", options.work) as work:
         bench = Bench(options, work)
@@ -132,7 +135,7 @@ def run(options):
 
 
 def parse(name, options):
-    match = re.fullmatch(r"(https?|sftp)-(\d{1,4})ms(-cap)?(-small)?", name)
+    match = re.fullmatch(r"(https?|sftp|s3)-(\d{1,4})ms(-cap)?(-small)?", name)
     if not match:
         raise Problem("%s is not the name of a cell, such as %s" % (name, DEFAULT[-2]))
     protocol, delay, cap, small = match.groups()
@@ -318,7 +321,10 @@ class Count:
     def serving_seconds(self):
         """CPU seconds of the mirror and of the proxy, since they were started"""
         link = self.place.link
-        return cpuseconds.of_server(self.place.mirror.served.process.pid), cpuseconds.of_server(link.pid) if link else 0
+        served = self.place.mirror.served
+        processes = [served.process] + ([served.rclone.process] if isinstance(served, s3server.S3Mirror) else [])
+        return (sum(cpuseconds.of_server(process.pid) for process in processes),
+                cpuseconds.of_server(link.pid) if link else 0)
 
     def stop(self):
         self.machine, self.client = cpuseconds.of_machine() - self.machine, cpuseconds.of_children() - self.client
@@ -339,7 +345,7 @@ class Count:
 
 def goal(variants):
     """(the name of the longer one of the best download and the installation, its seconds): the floor of a build"""
-    alone = [name for name in variants if name in ("curl", "sftp", "lftp")]
+    alone = [name for name in variants if name in ("curl", "sftp", "lftp", "aws")]
     best = min(alone, key=lambda name: variants[name]["seconds"])
     longer = max((best, LOCAL[PATCHED]), key=lambda name: variants[name]["seconds"])
     return longer, variants[longer]["seconds"]

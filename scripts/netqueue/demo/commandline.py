@@ -24,7 +24,7 @@ from pathlib import Path
 
 from netqueue import ROOT, Problem, environment
 from netqueue.demo.table import table
-from netqueue.lab import sshd
+from netqueue.lab import s3server, sshd
 from netqueue.lab.build import Build
 from netqueue.lab.certificates import make_certificates
 from netqueue.lab.mirror import serve
@@ -33,7 +33,7 @@ from netqueue.progress import Progress
 
 BUILD = ROOT / "build"
 VENV = BUILD / "venv"
-PROTOCOLS = ("http", "https", "sftp")
+PROTOCOLS = ("http", "https", "sftp", "s3")
 TARGET = "demo-all"
 MAX_OBJECTS = 5000
 MAX_THREADS = 256
@@ -110,7 +110,11 @@ def _prepare(protocols):
     if "sftp" in protocols:
         environment.ensure_program("sshd", "openssh-server")
         environment.ensure_program("ssh", "openssh-client")
-    if "https" in protocols and not environment.ensure_program("openssl", "openssl"):
+    if "s3" in protocols:
+        failure = environment.install_optional(VENV, environment.S3_REQUIREMENTS)
+        if failure:
+            print("s3: %s" % failure)
+    if {"https", "s3"} & set(protocols) and not environment.ensure_program("openssl", "openssl"):
         environment.pip_install(python, [TRUSTME])
     sys.stdout.flush()
     os.execv(str(python), [str(python), str(ROOT / "scripts" / "demo")] + sys.argv[1:])
@@ -130,12 +134,15 @@ def _check_loopback():
 
 def _runnable(protocols):
     """The protocols that a mirror can be had for. Of several, those which cannot are left out, and it is said."""
-    lacking = sshd.missing() if "sftp" in protocols else None
-    if lacking and len(protocols) == 1:
-        raise Problem("sftp: %s is not installed" % lacking)
-    if lacking:
-        print("sftp is left out: %s is not installed" % lacking)
-    return [protocol for protocol in protocols if protocol != "sftp" or not lacking]
+    runnable = list(protocols)
+    for protocol, missing in (("sftp", sshd.missing), ("s3", s3server.missing)):
+        lacking = missing() if protocol in protocols else None
+        if lacking and len(protocols) == 1:
+            raise Problem("%s: %s is not installed" % (protocol, lacking))
+        if lacking:
+            print("%s is left out: %s is not installed" % (protocol, lacking))
+            runnable.remove(protocol)
+    return runnable
 
 
 def run(options, protocols):
@@ -149,7 +156,7 @@ def run(options, protocols):
     rows, details = [], []
     try:
         mirror_files = fill(work, trees[0], options, progress)
-        certificates = make_certificates(work / "tls") if "https" in protocols else None
+        certificates = make_certificates(work / "tls") if {"https", "s3"} & set(protocols) else None
         for protocol in protocols:
             for tree in trees:
                 row, detail = restore(work, tree, protocol, mirror_files, certificates, options, progress)
@@ -195,6 +202,8 @@ def fill(work, tree, options, progress):
 
 
 def _serve(files, protocol, certificates):
+    if protocol == "s3":
+        return s3server.serve(files, certificates)
     return sshd.serve(files) if protocol == "sftp" else serve(files, protocol, certificates=certificates)
 
 
@@ -213,12 +222,14 @@ def restore(work, tree, protocol, files, certificates, options, progress):
                            progress=progress.follow)
         progress.done()
         connections, requests = _counted(mirror)
+        calls = len(mirror.aws_calls()) if protocol == "s3" else None
         restored = len(build.restored())
     row = {"tree": tree.name, "protocol": protocol, "objects": options.objects, "restored": restored,
            "lost": options.objects - restored, "connections": connections,
            "requests": requests, "presence_seconds": round(result.presence.seconds, 3),
            "seconds": round(result.seconds, 3)}
     detail = {"software": mirror.software, "presence_cpu_seconds": round(result.presence.cpu_seconds, 3),
+              "aws": calls,
               # Stock bitbake takes each object to be on a sftp mirror
               "asked": protocol != "sftp" or tree.name == "patched", "problem": ""}
     if result.returncode:

@@ -12,7 +12,8 @@ MEASURES = (("objects restored", "restored", 0),
             ("requests", "requests", 0),
             ("presence query, seconds", "presence_seconds", 2),
             ("presence query, CPU seconds", "presence_cpu_seconds", 2),
-            ("seconds in all", "seconds", 1))
+            ("seconds in all", "seconds", 1),
+            ("processes of aws", "aws", 0))
 
 NOTES = {"sftp": ("connections are sessions logged in, requests are STAT and OPEN as sftp-server logs them",
                   "stock bitbake cannot ask a sftp mirror what it has: it takes each object to be there")}
@@ -41,7 +42,7 @@ def table(rows, details):
 
 def _shown(value, key):
     """None if it was not measured, or is not what the row is about."""
-    return None if key.startswith("presence") and not value["asked"] else value[key]
+    return None if key.startswith("presence") and not value["asked"] else value.get(key)
 
 
 def _text(value, decimals):

@@ -11,7 +11,8 @@
     mirror.py           an HTTP mirror that counts: nginx.py, or ownserver.py where nginx is missing
     counters.py         what it counts
     sshd.py             an SFTP mirror that counts
-    serverprocess.py    what nginx.py and sshd.py share
+    s3server.py         an S3 mirror that counts
+    serverprocess.py    what nginx.py, sshd.py and s3server.py share
     certificates.py     the certificates of HTTPS mirrors
     delay.py            a proxy that adds a round trip time, and limits the bandwidth
     faultymirrors.py    mirrors with faults, by faultyserver.py, behaviours.py and oddsftpserver.py

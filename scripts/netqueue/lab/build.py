@@ -39,6 +39,7 @@ class BuildMirror:
     url: str
     ca_file: None = None
     tools: Optional[Path] = None    # a folder that PATH needs to ask it
+    home_files: dict = dataclasses.field(default_factory=dict)      # {path below HOME: text} that its programs need
 
 
 class Build:
@@ -46,7 +47,7 @@ class Build:
 
     directory      made anew if it is missing, otherwise rewritten (TMPDIR and SSTATE_DIR stay)
     objects        how many recipes demo-NNNN there are; each has one sstate object
-    mirror         a mirror of mirror.py or sshd.py, a BuildMirror, or None
+    mirror         a mirror of mirror.py, sshd.py or s3server.py, a BuildMirror, or None
     threads        BB_NUMBER_THREADS
     extra_conf     lines for local.conf, which may override everything
     multiconfigs   {name: lines for conf/multiconfig/name.conf}
@@ -137,13 +138,16 @@ class Build:
 
     def _environment(self, more):
         path = self.tree.path_entries + [str(Path(self.python).parent), os.environ.get("PATH", os.defpath)]
-        # The ssh and the sftp that know the mirror's key; tasks and the presence query find them by PATH
+        # The ssh and the sftp that know the mirror's key, the aws that counts; tasks and the presence query find them by PATH
         if getattr(self.mirror, "tools", None):
             path.insert(0, str(self.mirror.tools))
         environment = {"PATH": ":".join(path), "HOME": str(self.home), "LC_ALL": "en_US.UTF-8",
                        "TERM": "dumb", "BB_SERVER_TIMEOUT": "0"}
         if self.mirror is not None and self.mirror.ca_file:
             environment.update(trust(self.mirror.ca_file, self.home))
+        for name, text in getattr(self.mirror, "home_files", {}).items():
+            (self.home / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.home / name).write_text(text)
         environment.update(more)
         return environment
 

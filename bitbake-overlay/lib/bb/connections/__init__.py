@@ -5,7 +5,7 @@
 #
 
 """
-Shared connections to mirrors, over http, https and sftp.
+Shared connections to mirrors, over http, https, sftp and s3.
 
 One thread runs a private asyncio event loop, which owns the connections, the
 requests and the Unix socket for other processes. Map of the package, in which
@@ -22,6 +22,7 @@ modules import only from those below them; the error classes are in this file:
                         decided in growth.py (do more help?) and health.py (refusals)
     pipelining.py       requests in flight on a connection; ratelimit.py: requests per second
     http.py, splice.py, sftp.py, ssh.py, connection.py (base class)     the protocols
+    s3.py, sigv4.py, awsconfig.py       S3, which is HTTP with signed requests
     request.py          a request with its URL and route, and its answer
 
 A new protocol needs a subclass of connection.Connection and a coroutine that opens
@@ -96,6 +97,11 @@ class StatusError(ConnectionCacheError):
     def __init__(self, message, status):
         super().__init__(message, status)
         self.status = status
+
+
+class Unusable(ConnectionCacheError):
+    """The host cannot be used over these connections, which leave its files to the fetcher"""
+    kind = "status"
 
 
 class DestinationError(ConnectionCacheError):

@@ -22,7 +22,7 @@ to requests without an answer in failures.py.
 import types
 
 from bb.connections import (Cancelled, ConnectError, Disconnected, IdleClosed, InconsistentAnswer, ProtocolError,
-                            RefusedError, Resubmit, TimedOutError)
+                            RefusedError, Resubmit, TimedOutError, Unusable)
 from bb.connections.connectionset import IDLE, ConnectionSet
 from bb.connections.diagnosis import Diagnosis, is_ambiguous
 from bb.connections.failures import ATTEMPTS, Failures
@@ -44,6 +44,7 @@ class Host:
     connections     a ConnectionSet
     queues          RequestQueues of the requests to be sent
     unsupported     {whether requests have a destination: error, if the server cannot be used for those}
+    unusable        {route: error, if the host cannot be used over it}
     statistics      counters for reports
     health, growth, diagnosis, failures, pipelining     an instance of each class
     """
@@ -68,6 +69,7 @@ class Host:
         # Whether it has sent stray data, such as a body after the answer to a HEAD
         self._sends_stray_data = False
         self.unsupported = {}
+        self.unusable = {}
         self._scheduled = False
         self._timer = None
 
@@ -75,7 +77,7 @@ class Host:
         """Queue requests, or fail them if the host is suspended"""
         for request in requests:
             error = self.health.suspended(request.route, self._loop.time()) or \
-                self.unsupported.get(request.fd is not None)
+                self.unsupported.get(request.fd is not None) or self.unusable.get(request.route)
             if error:
                 self._pool.finish(request, None, error)
             else:
@@ -99,6 +101,11 @@ class Host:
     def fail(self, route, error):
         """Fail the requests queued for route, or for all routes if it is None"""
         self.finish(self.queues.clear(route), error)
+
+    def _give_up(self, route, error):
+        """Fail all requests for route for the rest of the build"""
+        self.unusable[route] = error
+        self.fail(route, error)
 
     def finish(self, requests, error):
         for request in list(requests):
@@ -161,7 +168,9 @@ class Host:
     def not_connected(self, route, error, started):
         """An attempt to connect, made at the time started, has failed"""
         self.statistics.refusals += isinstance(error, RefusedError)
-        if self.connections.of_route(route):
+        if isinstance(error, Unusable):
+            self._give_up(route, error)
+        elif self.connections.of_route(route):
             # The server accepts only as many connections as are open now
             self.health.lower_limit(len(self.connections.established))
         elif isinstance(error, ConnectError) and not error.retryable:
@@ -252,6 +261,8 @@ class Host:
             else:
                 self._pool.resubmit(request)
         elif error:
+            if isinstance(error, Unusable):
+                self._give_up(request.route, error)
             self.failures.retry(request, error)
         else:
             if request.exclusive and request.identity not in (None, (response.length, response.validators)):

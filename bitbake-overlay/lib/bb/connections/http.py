@@ -58,9 +58,9 @@ MIN_SPLICE = 256 * 1024
 HAPPY_EYEBALLS = 0.25
 
 
-async def connect(loop, owner, origin, route, timeout):
-    """Returns an open HTTPConnection. Raises ConnectError."""
-    connection = HTTPConnection(loop, owner, origin, route, timeout)
+async def connect(loop, owner, origin, route, timeout, connection=None):
+    """Returns an open HTTPConnection, the given one or a new one. Raises ConnectError."""
+    connection = connection or HTTPConnection(loop, owner, origin, route, timeout)
     host, port = route.proxy[:2] if route.proxy else (origin.host, origin.port)
     tls = {}
     if origin.scheme == "https":
@@ -118,7 +118,7 @@ def _authority(origin, always_port=False):
 
 
 class HTTPConnection(Connection):
-    """version is the HTTP version of the last answer, (1, 1) or (1, 0), or None"""
+    """version is the HTTP version of the last answer, (1, 1) or (1, 0), or None; authority the value of Host"""
     needs_trial = True
 
     def __init__(self, loop, owner, origin, route, timeout):
@@ -128,7 +128,7 @@ class HTTPConnection(Connection):
         self._pipelined = False
         self._last = Response(None, {}, None)
         self._plain = origin.scheme == "http"
-        host = _authority(origin)
+        host = self.authority = _authority(origin)
         self._prefix = self._headers = ""
         if self._plain and route.proxy:
             self._prefix = "http://" + host

@@ -140,7 +140,7 @@ class Pipelining:
         known, response, error = answer
         if self.works is not None or error or known.method != "HEAD" or known.origin != connection.origin:
             return None
-        if connection.version < (1, 1) or connection.route.proxy and connection.origin.scheme == "http":
+        if connection.version < (1, 1) or connection.route.proxy and connection.origin.scheme != "https":
             # The trial would be one of the proxy, many of which do not support pipelining
             self.works = False
             return None

@@ -16,15 +16,16 @@ access cannot connect, and there is no file to protect or to remove. The server 
 another user could use the name after the server has ended.
 
 On accepting a connection, the server sends
-    {"hello": VERSION, "schemes": ["http", "https", "sftp"]}
+    {"hello": VERSION, "schemes": ["http", "https", "s3", "sftp"]}
 A client that does not support the version disconnects, and fetches without the server, as it does for other schemes.
 
 The client sends requests:
     {"id": n, "method": "HEAD" or "GET", "url": "...", "environment": {...}, "verify": true, "authorization": "..."}
 id is a number that no unanswered request of the client has. environment contains variables, for http those of
-request.HTTP_ENVIRONMENT that are set. verify (default true) determines whether certificates are verified, authorization
-is the value of the Authorization header or null. A GET is accompanied by the descriptor of a regular file, open for
-writing, for the body; a HEAD by none. A client may have at most MAX_REQUESTS unanswered requests.
+request.HTTP_ENVIRONMENT that are set, for s3 no keys but their hash (awsconfig.py): the server signs. verify (default
+true) determines whether certificates are verified, authorization is the value of the Authorization header or null. A
+GET is accompanied by the descriptor of a regular file, open for writing, for the body; a HEAD by none. A client may
+have at most MAX_REQUESTS unanswered requests.
 
 For each request the server sends, at least every PROGRESS_SECONDS,
     {"id": n, "progress": bytes}

@@ -28,11 +28,14 @@ import urllib.parse
 import urllib.request
 
 from bb.connections import DestinationError
+from bb.connections.sigv4 import quote
 
 # Scheme, authority, path with query of a URL. urllib.parse.urlsplit() takes ten times as long.
-URL = re.compile(r"(https?|sftp)://([^/?#]*)([^#]*)", re.IGNORECASE)
+URL = re.compile(r"(https?|sftp|s3)://([^/?#]*)([^#]*)", re.IGNORECASE)
 # User, password, host and port of an authority
 AUTHORITY = re.compile(r"(?:([^:]*)(?::(.*))?@)?(\[[^]]+\]|[^:@\[\]]+)(?::([0-9]{0,5}))?", re.DOTALL)
+# Name of a bucket
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 # Statuses of a file that does not exist
 ABSENT = (404, 410)
@@ -46,7 +49,7 @@ UNKNOWN_BODY = 64 * 1024
 # Response.validators if there are none
 NO_VALIDATORS = hash((None, None))
 # Default ports; with 0 the configuration of ssh selects it
-DEFAULT_PORTS = {"http": 80, "https": 443, "sftp": 0}
+DEFAULT_PORTS = {"http": 80, "https": 443, "sftp": 0, "s3": 0}
 
 # Variables that determine the route to a host. Requests that differ in them use different connections.
 HTTP_ENVIRONMENT = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY",
@@ -69,6 +72,13 @@ class SSHRoute(collections.namedtuple("SSHRoute", "program variables")):
     The path of ssh, and (name, value) of each variable of ENVIRONMENT. The attribute environment, the complete
     environment of one request, is not compared.
     """
+
+
+class S3Route(collections.namedtuple("S3Route", "variables")):
+    """
+    (name, value) of each variable of a request. proxy is as in Route, of a connection without TLS; it is not compared.
+    """
+    proxy = None
 
 
 class Response(collections.namedtuple("Response", "status headers length")):
@@ -136,11 +146,13 @@ class Request:
         try:
             match = URL.match(url)
             if not match:
-                raise ValueError("Not an http, https or sftp URL")
+                raise ValueError("Not an http, https, sftp or s3 URL")
             scheme, authority, target = match.groups()
             self.origin, self.route = _origin_and_route(scheme.lower(), authority, tuple(self.environment.items()), self.verify)
             if self.origin.scheme == "sftp":
                 self.target = _sftp_path(target)
+            elif self.origin.scheme == "s3":
+                self.target = quote(urllib.parse.unquote(target, errors="surrogateescape"))
             elif url.isascii() and url.isprintable() and " " not in url:
                 self.target = target if target.startswith("/") else "/" + target
             else:
@@ -154,8 +166,8 @@ class Request:
         """Change the URL to location. Raises ValueError if it is not supported."""
         before = self.origin
         url = urllib.parse.urljoin(self.url, location.replace(" ", "%20"))
-        if url.lower().startswith("sftp:"):
-            raise ValueError("redirect to sftp")
+        if url.lower().startswith(("sftp:", "s3:")):
+            raise ValueError("redirect to sftp or s3")
         # Credentials in a Location do not come from the user
         self._set_url(re.sub("^([^/?#]*//)[^/?#]*@", r"\1", url))
         if before[:3] == self.origin[:3]:
@@ -245,8 +257,12 @@ def _split(authority):
 
 @functools.lru_cache(maxsize=256)
 def _origin_and_route(scheme, authority, environment, verify):
-    """Returns the Origin of scheme://authority and the Route or SSHRoute to it"""
+    """Returns the Origin of scheme://authority and the Route, SSHRoute or S3Route to it"""
     user, _, host, port = _split(authority)
+    if scheme == "s3":
+        if not BUCKET.fullmatch(authority):
+            raise ValueError("Not the name of a bucket: %s" % authority[:80])
+        return Origin(scheme, authority, 0, ""), S3Route(environment)
     environment = dict(environment)
     if scheme == "sftp":
         if host.startswith("-"):

@@ -29,8 +29,10 @@ import urllib.parse
 
 import bb
 from bb.connections import ConnectionCacheError
+from bb.connections import awsconfig
 from bb.connections.client import Answer, Client, ServerError
 from bb.connections.request import ABSENT, ENVIRONMENT, HTTP_ENVIRONMENT, MISSING, basic_auth, redact
+from bb.connections.sigv4 import quote
 from bb.networksettings import ADDRESS, is_enabled
 
 logger = logging.getLogger("BitBake.Fetcher")
@@ -151,33 +153,59 @@ def supports(ud, d):
     """Return whether the user's settings allow fetching ud over shared connections"""
     if not is_enabled(d):
         return False
-    if ud.type in ("http", "https"):
+    if ud.type == "az" and not (d.getVar("AZ_SAS") or "?").startswith("?"):
+        # The fetcher reports it
+        return False
+    if ud.type in ("http", "https", "az"):
         return not d.getVar("FETCHCMD_wget") and "redirectauth" not in ud.parm
+    if ud.type == "s3":
+        return awsconfig.is_default(d.getVar("FETCHCMD_s3")) and not ud.user
     # A password cannot be passed to ssh
     return ud.type == "sftp" and not d.getVar("FETCHCMD_sftp") and not ud.pswd
 
 def environment(scheme, d):
-    """Return the variables that select the route to a host, and HOME for ~/.netrc; for ssh all exported variables"""
+    """
+    Return the variables that select the route to a host, and HOME for ~/.netrc; for ssh all exported variables, for s3
+    those of aws without its keys
+    """
+    if scheme == "s3":
+        environ = aws_environment(d)
+        keys = {name: environ.pop(name) for name in awsconfig.SECRETS if name in environ}
+        return dict(environ, **{awsconfig.KEYS_HASH: awsconfig.keys_hash(keys)})
     if scheme != "sftp":
         return bb.fetch2.get_fetcher_environment(d, HTTP_ENVIRONMENT + ("HOME",))
     exported = os.environ if bb.utils.to_boolean(d.getVar("BB_WORKERCONTEXT")) else dict(bb.data.exported_vars(d))
     exported = {name: value for name, value in exported.items() if len(value) < LONG_VALUE}
     return {**exported, **bb.fetch2.get_fetcher_environment(d), **bb.fetch2.get_fetcher_environment(d, ENVIRONMENT)}
 
+def aws_environment(d):
+    """Return the variables that select bucket, user and route for s3, including the keys"""
+    environ = bb.fetch2.get_fetcher_environment(d, HTTP_ENVIRONMENT + awsconfig.EXPORTED + awsconfig.SECRETS)
+    environ.update((name, d.getVar(name)) for name in awsconfig.OTHERS + ("FETCHCMD_s3",) if d.getVar(name))
+    return environ
+
 def describe_mirror(ud, d):
     """Return the arguments of a Request that are the same for all files of a host and user"""
     environ = environment(ud.type, d)
-    if ud.type == "sftp":
+    if ud.type in ("sftp", "s3"):
         return {"environment": environ}
     home = environ.pop("HOME", "")
     return {"environment": environ, "verify": ud.method.check_certs(d), "authorization": _authorization(ud, home)}
 
-def request_url(ud):
-    return ud.url.partition(";")[0]
+def request_url(ud, d):
+    url = ud.url.partition(";")[0]
+    if ud.type == "s3":
+        # As the fetcher passes them to aws
+        return "s3://%s%s" % (ud.host, quote(ud.path))
+    if ud.type == "az":
+        # Its fetcher may have changed the URL
+        sas = d.getVar("AZ_SAS") or ""
+        return url.replace("az://", "https://", 1) + (sas if sas not in url else "")
+    return url
 
 def _send(method, ud, d, fd=None):
     """Return an Answer, with status NO_ANSWER if the mirror gives none, or None if the shared connections cannot be used"""
-    message = dict(describe_mirror(ud, d), method=method, url=request_url(ud))
+    message = dict(describe_mirror(ud, d), method=method, url=request_url(ud, d))
     try:
         return _client(d.getVar(ADDRESS)).ask(message, fd, bb.event._should_exit.is_set)
     except ServerError as e:

@@ -21,6 +21,7 @@ from bb import prefetch
 from bb.connections import ConnectError, DestinationError
 from bb.connections.request import Origin, Response
 from bb.prefetch import Prefetch, order
+from bb.runqueue import order_setscene_tids
 
 
 class Files:
@@ -102,8 +103,8 @@ class Queue:
         self.cfgData = None
         self.number_tasks = threads
         revdeps = {tid: {other for other in deps if tid in deps[other]} for tid in deps}
-        self.rqdata = types.SimpleNamespace(runq_setscene_tids=list(deps))
-        self.sqdata = types.SimpleNamespace(sq_deps=deps, sq_revdeps=revdeps, sq_harddeps={}, sq_harddeps_rev={})
+        self.sqdata = types.SimpleNamespace(sq_deps=deps, sq_revdeps=revdeps, sq_harddeps={}, sq_harddeps_rev={},
+                                            order=order_setscene_tids(deps, revdeps))
         self.sq_buildable = {tid for tid in deps if not revdeps[tid]}
         self.sq_running = set()
         self.scenequeue_covered = set()
@@ -134,6 +135,10 @@ class OrderTest(unittest.TestCase):
 
     def test_buildable_first(self):
         self.assertEqual(list(order(Queue(self.deps))), ["a", "b", "c", "d", "e"])
+
+    def test_longest_chains_first(self):
+        deps = {"a": set(), "b": {"y"}, "c": set(), "x": {"b"}, "y": {"z"}, "z": set()}
+        self.assertEqual(list(order(Queue(deps))), ["x", "b", "y", "a", "c", "z"])
 
     def test_not_needed(self):
         queue = Queue(self.deps)
@@ -174,7 +179,7 @@ class OrderTest(unittest.TestCase):
         queue.sqdata.sq_harddeps_rev = {"a": {"e"}}
         queue.unneeded = {"e"}
         # The hard dependency makes it needed
-        self.assertEqual(list(order(queue)), ["b", "e", "d", "a", "c"])
+        self.assertEqual(list(order(queue)), ["b", "d", "e", "a", "c"])
 
 
 class PrefetchTest(unittest.TestCase):
@@ -511,13 +516,13 @@ class PrefetchTest(unittest.TestCase):
 
     def test_internal_error_while_files_are_opened(self):
         """Objects that were requested before are given up, too"""
-        self.make({"b": set(), "a": set()})
-        with unittest.mock.patch.object(self.files["a"], "describe", side_effect=KeyError), \
+        self.make({"a": set(), "b": set()})
+        with unittest.mock.patch.object(self.files["b"], "describe", side_effect=KeyError), \
                 self.assertLogs("BitBake", "WARNING") as logs:
             self.prefetch.process()
             self.prefetch.process()
         self.assertEqual(len(logs.output), 1)
-        self.assertTrue(self.prefetch.request_or_ready("b"))
+        self.assertTrue(self.prefetch.request_or_ready("a"))
         self.assertEqual([request.cancelled for request in self.connections.requests], [True, True])
 
     def test_long_names(self):

@@ -27,6 +27,8 @@ def listing(folder):
 
 def tools(protocol):
     """(name, function) of the programs that can download a list of files; function(place, folder) does."""
+    if protocol == "s3":
+        return [("aws", by_aws)]
     if protocol != "sftp":
         if not shutil.which("curl"):
             raise Problem("curl is not installed")
@@ -65,6 +67,10 @@ def by_lftp(place, folder):
               (place.mirror.served.tools / "ssh", CONNECTIONS, place.mirror.served.user, parts.hostname, parts.port,
                CONNECTIONS, parts.path, folder))
     call(["lftp", "-c", script], place)
+
+
+def by_aws(place, folder):
+    call([str(place.mirror.served.tools / "aws"), "s3", "cp", "--only-show-errors", "--recursive", place.url, str(folder)], place)
 
 
 def call(command, place):

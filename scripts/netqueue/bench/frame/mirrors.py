@@ -11,15 +11,16 @@ import contextlib
 import dataclasses
 import os
 import urllib.parse
+from pathlib import Path
 
-from netqueue.lab import sshd
+from netqueue.lab import s3server, sshd
 from netqueue.lab.certificates import trust
 from netqueue.lab.mirror import serve
 
 
 @dataclasses.dataclass
 class Mirror:
-    """A mirror of lab/mirror.py or lab/sshd.py, and what differs between the two."""
+    """A mirror of lab/mirror.py, lab/sshd.py or lab/s3server.py, and what differs between them."""
     served: object
     variables: dict     # of the environment of who asks
     logs: str           # files with a line for each request
@@ -47,6 +48,23 @@ class SSHMirror(Mirror):
         return super().url_behind(port)
 
 
+class S3Mirror(Mirror):
+    def equip(self, build):
+        build.environment.update(PATH="%s:%s" % (self.served.tools, build.environment["PATH"]))
+        self._write(build.home)
+
+    def url_behind(self, port):
+        # The port is in the configuration of aws, which is in HOME
+        self.served.configure(s3server.KEYS, port)
+        self._write(Path(self.variables["HOME"]))
+        return self.served.url
+
+    def _write(self, home):
+        for name, text in self.served.home_files.items():
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_text(text)
+
+
 @contextlib.contextmanager
 def open_mirror(protocol, folder, home, certificates, log=False, keepalive=1000):
     """Serve folder; yields a Mirror. home is the HOME of who asks.
@@ -58,6 +76,15 @@ def open_mirror(protocol, folder, home, certificates, log=False, keepalive=1000)
         with sshd.serve(folder, log=log) as served:
             path = "%s:%s" % (served.tools, os.environ.get("PATH", os.defpath))
             yield SSHMirror(served, {"HOME": str(home), "PATH": path}, "%s/sessions/*" % served.work)
+        return
+    if protocol == "s3":
+        with s3server.serve(folder, certificates) as served:
+            path = "%s:%s" % (served.tools, os.environ.get("PATH", os.defpath))
+            # The machine's own setting would have precedence
+            variables = {"HOME": str(home), "PATH": path, "AWS_CA_BUNDLE": str(served.nginx.ca_file)}
+            mirror = S3Mirror(served, variables, "%s/access.log" % served.nginx.work)
+            mirror.url_behind(served.port)
+            yield mirror
         return
     with serve(folder, protocol, server="nginx", server_extra="log_not_found off;", certificates=certificates,
                keepalive_requests=keepalive) as served:

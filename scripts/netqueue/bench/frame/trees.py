@@ -33,8 +33,11 @@ def patched_tree():
     return checkout(Path(lib).parent) if lib else shared_tree(patched=True)
 
 
-def enter_venv():
-    """Start the command anew with what the demo's layer needs, if it is not there."""
+def enter_venv(s3=False):
+    """Start the command anew with what the demo's layer, and an S3 mirror, needs, if it is not there."""
+    if s3:
+        environment.ensure_venv(ROOT / "build" / "venv")
+        environment.install_optional(ROOT / "build" / "venv", environment.S3_REQUIREMENTS)
     if not importlib.util.find_spec("zstandard"):
         python = str(environment.ensure_venv(ROOT / "build" / "venv"))
         sys.stdout.flush()
