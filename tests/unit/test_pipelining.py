@@ -226,60 +226,70 @@ def proven(pipelining):
 def test_more_in_flight_are_tried_on_one_connection(proven, latency):
     """Twice as many, and none behind them until all are answered; then they are the measure for all."""
     connection, depths = Connection(served=9), []
-    proven.answered(connection, 1, 0.02, True)
+    proven.answered(connection, 1, 0.02, 1000)
     while proven.depth < MAX_DEPTH:
-        proven.answered(connection, 1 if latency else proven.depth, latency, True)
+        proven.answered(connection, 1 if latency else proven.depth, latency, 1000)
         assert proven.room(Connection()) == proven.depth
         connection.in_flight.extend(range(proven.room(connection)))
         while connection.in_flight:
             assert proven.room(connection) == 0
             connection.in_flight.popleft()
             connection.served += 1
-            proven.answered(connection, 1, 0.1, True)
+            proven.answered(connection, 1, 0.1, 1000)
         depths.append(proven.depth)
     assert depths == [2 * DEPTH, 4 * DEPTH, MAX_DEPTH]
-    proven.answered(connection, MAX_DEPTH, latency, True)
+    proven.answered(connection, MAX_DEPTH, latency, 1000)
     assert proven.room(connection) == MAX_DEPTH
 
 
 def test_trial_of_more_waits_for_what_is_in_flight(proven):
     connection = Connection(served=9, in_flight=3)
-    proven.answered(connection, DEPTH, None, True)
+    proven.answered(connection, DEPTH, None, 1000)
     assert proven.room(connection) == 0
     connection.in_flight.clear()
     connection.served += 3
-    proven.answered(connection, 3, None, True)
+    proven.answered(connection, 3, None, 1000)
     assert proven.room(connection) == 2 * DEPTH
 
 
 def test_no_more_in_flight_where_each_answer_takes_its_time(proven):
     connection = Connection()
-    proven.answered(connection, 1, 0.02, True)
+    proven.answered(connection, 1, 0.02, 1000)
     proven.ended(connection, None)
-    proven.answered(connection, DEPTH // 2, 0.04, True)
+    proven.answered(connection, DEPTH // 2, 0.04, 1000)
     assert proven.room(connection) == DEPTH
 
 
 def test_fewer_than_were_to_be_tried_prove_nothing(proven):
     connection = Connection(served=9)
-    proven.answered(connection, DEPTH, None, True)
+    proven.answered(connection, DEPTH, None, 1000)
     connection.served += DEPTH - 1
-    proven.answered(connection, 1, None, True)
+    proven.answered(connection, 1, None, 1000)
     assert proven.depth == proven.room(connection) == DEPTH
 
 
-def test_no_more_in_flight_if_nothing_waits(proven):
+def test_no_more_in_flight_if_few_wait(proven):
     connection = Connection(served=9)
-    proven.answered(connection, DEPTH, 0.02, False)
+    proven.answered(connection, DEPTH, 0.02, 2 * DEPTH - 1)
     assert proven.room(connection) == DEPTH
+
+
+def test_requests_that_do_not_permit_more_in_flight(proven):
+    """Such as those for large bodies: it is not tried again and again, since the connection has to run dry for that."""
+    connection = Connection(served=9)
+    for tried in [True] * STRIKES + [False]:
+        proven.answered(connection, DEPTH, None, 1000)
+        assert (proven.room(connection) == 2 * DEPTH) is tried
+        connection.served += 2
+        proven.answered(connection, 1, None, 0)
 
 
 def test_rounds_of_few_do_not_add_up(proven):
     connection = Connection(served=9)
-    proven.answered(connection, DEPTH, None, True)
+    proven.answered(connection, DEPTH, None, 1000)
     for _ in range(20):
         connection.served += 3
-        proven.answered(connection, 3, None, False)
+        proven.answered(connection, 3, None, 0)
     assert proven.depth == DEPTH
 
 
@@ -287,11 +297,11 @@ def test_rounds_of_few_do_not_add_up(proven):
 def test_more_in_flight_that_fail(proven, error, ends):
     for _ in range(STRIKES):
         connection = Connection(served=9)
-        proven.answered(connection, DEPTH, None, True)
+        proven.answered(connection, DEPTH, None, 1000)
         assert proven.room(connection) == 2 * DEPTH
         proven.ended(connection, error)
     connection = Connection(served=9)
-    proven.answered(connection, DEPTH, None, True)
+    proven.answered(connection, DEPTH, None, 1000)
     assert (proven.room(connection) == DEPTH) is ends
     assert proven.works
 

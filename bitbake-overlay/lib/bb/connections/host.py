@@ -212,7 +212,8 @@ class Host:
         latency = None
         if good and good[-1][0].fd is None:
             self.connections.latency = latency = self._loop.time() - good[-1][0].sent
-        self.pipelining.answered(connection, at_once, latency, bool(self.queues.get(connection.route)))
+        waiting = len(self.queues.get(connection.route)) // max(1, len(self.connections.of_route(connection.route)))
+        self.pipelining.answered(connection, at_once, latency, waiting)
         if connection.is_open and not connection.in_flight:
             if self._sends_stray_data and answers and answers[-1][1] and answers[-1][1].status != 200:
                 # Stray data may follow, and be mistaken for the next answer

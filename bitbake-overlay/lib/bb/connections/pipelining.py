@@ -93,18 +93,22 @@ class Pipelining:
     def answered(self, connection, number, latency, waiting):
         """
         number answers have arrived on connection at once, the last one latency seconds after its request (None for a
-        body). If that is about one round trip, and requests are waiting, more of them in flight increase the throughput;
-        if each answer takes time, only further connections (growth.py) do.
+        body); waiting requests remain for it. If that is about one round trip, more requests in flight increase the
+        throughput; if each answer takes time, only further connections (growth.py) do.
         """
         if latency is not None:
             self._shortest = min(self._shortest, latency)
         if connection is self._deeper and not connection.in_flight:
             if self._served_before is not None:
-                self.depth = max(self.depth, connection.served - self._served_before)
+                sent = connection.served - self._served_before
+                # The requests, such as those for large bodies, may not permit more
+                self._deeper_failed += sent <= self.depth
+                self.depth = max(self.depth, sent)
                 self._deeper = None
             self._served_before = connection.served
-        if waiting and self.works and not self._deeper and self.depth < MAX_DEPTH and self._deeper_failed < STRIKES and \
-                (number > self.depth // 2 or latency is not None and latency < 2 * self._shortest):
+        at_once = number > self.depth // 2 or latency is not None and latency < 2 * self._shortest
+        if at_once and waiting >= 2 * self.depth and self.works and not self._deeper and self.depth < MAX_DEPTH and \
+                self._deeper_failed < STRIKES:
             self._deeper, self._served_before = connection, None if connection.in_flight else connection.served
 
     def ended(self, connection, error):

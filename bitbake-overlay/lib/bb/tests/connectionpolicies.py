@@ -149,24 +149,24 @@ class PipeliningTest(unittest.TestCase):
     def test_more_requests_are_tried_on_one_connection(self):
         self.pipelining.finish("works")
         connection, other = self.connection(served=9), self.connection(served=9)
-        self.pipelining.answered(connection, 8, None, True)
+        self.pipelining.answered(connection, 8, None, 100)
         self.assertEqual((self.pipelining.room(connection), self.pipelining.room(other)), (16, 8))
         connection.in_flight, connection.served = (1,), 24
         self.assertEqual(self.pipelining.room(connection), 0)
         connection.in_flight, connection.served = (), 25
-        self.pipelining.answered(connection, 1, None, True)
+        self.pipelining.answered(connection, 1, None, 100)
         self.assertEqual(self.pipelining.room(other), 16)
 
     def test_more_requests_that_fail(self):
         self.pipelining.finish("works")
         for _ in range(STRIKES):
             connection = self.connection()
-            self.pipelining.answered(connection, 8, None, True)
+            self.pipelining.answered(connection, 8, None, 100)
             self.assertEqual(self.pipelining.room(connection), 16)
             connection.in_flight = (1, 2)
             self.pipelining.ended(connection, TimedOutError("silent"))
         connection.in_flight = ()
-        self.pipelining.answered(connection, 8, None, True)
+        self.pipelining.answered(connection, 8, None, 100)
         self.assertEqual(self.pipelining.room(connection), 8)
 
     def test_broken_connections(self):
