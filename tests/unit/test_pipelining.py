@@ -24,6 +24,7 @@ class Connection:
         self.in_flight = collections.deque(range(in_flight))
         self.served = served
         self.version = version
+        self.is_open = True
         self.close_announced = close_announced
         request = head("x", {"http_proxy": proxy} if proxy else {})
         self.origin, self.route = request.origin, request.route
@@ -299,6 +300,7 @@ def test_more_in_flight_that_fail(proven, error, ends):
         connection = Connection(served=9)
         proven.answered(connection, DEPTH, None, 1000)
         assert proven.room(connection) == 2 * DEPTH
+        connection.in_flight.append(1)
         proven.ended(connection, error)
     connection = Connection(served=9)
     proven.answered(connection, DEPTH, None, 1000)
@@ -311,6 +313,8 @@ def test_next_connection_begins_with_one_request(proven):
     proven.broken(Connection(in_flight=5, served=50))
     assert proven.room(Connection(served=0)) == 1
     assert proven.room(Connection(served=1)) == DEPTH
+    assert proven.room(Connection(served=0)) == 1, "others do not matter"
+    proven.answered(Connection(served=1), 1, None, 0)
     assert proven.room(Connection(served=0)) == DEPTH
 
 

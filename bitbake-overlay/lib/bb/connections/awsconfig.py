@@ -12,7 +12,7 @@ The environment is that of the fetcher, not that of this process. Plain keys com
 from the environment or from the files of aws; others from the program that
 credential_process names; and for whatever else there may be (roles, single sign-on,
 the metadata of an instance) aws is called to export them, which it can do from
-version 2.10 on. No error text contains a value that was read.
+version 2.10 on. No error text contains a secret.
 
     configuration = Configuration(environment)      # raises Unusable
     keys = configuration.keys() or Export(environment, configuration.command).run()
@@ -20,6 +20,7 @@ version 2.10 on. No error text contains a value that was read.
 """
 
 import configparser
+import contextlib
 import datetime
 import hashlib
 import json
@@ -27,6 +28,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import urllib.parse
 
@@ -81,8 +83,7 @@ class Configuration:
         if name and name not in profiles and not self._credentials:
             raise Unusable("the AWS profile %s does not exist" % name)
         self._config = profiles.get(name or "default", {})
-        profile = {**self._config, **self._credentials}
-        self._profile = profile
+        self._profile = profile = {**self._config, **self._credentials}
         s3 = _nested(profile.get("s3"))
         if _is_true(s3.get("use_accelerate_endpoint")) or s3.get("signature_version", "s3v4") != "s3v4":
             raise Unusable("the AWS configuration demands accelerated endpoints or another signature")
@@ -180,12 +181,13 @@ class Export:
         except (OSError, ValueError) as e:
             raise Unusable("cannot start %s: %s" % (program, getattr(e, "strerror", "invalid environment"))) from None
         if self._ended:
-            self._process.kill()
+            self._kill()
         try:
             output = self._process.communicate(timeout=EXPORT_TIMEOUT)[0]
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
+            self._kill()
+            self._process.stdout.close()
+            self._process.wait()
             raise Unusable("no AWS credentials (%s did not end within %s seconds)" % (name, EXPORT_TIMEOUT)) from None
         if self._process.returncode:
             raise Unusable("no AWS credentials (%s, asked for some, exited with status %s)" % (name, self._process.returncode))
@@ -200,7 +202,12 @@ class Export:
         """May be called from any thread"""
         self._ended = True
         if self._process:
-            self._process.kill()
+            self._kill()
+
+    def _kill(self):
+        # With the processes that it has started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def make_keys(access, secret, token, expires=None):

@@ -5,9 +5,9 @@
 #
 
 """
-Back-off and breaker of a host: when it may be used, over how many connections,
-and with how many requests in flight on each. Used by host.py and failures.py,
-which report events with the loop's time; no input or output.
+Back-off and breaker of a host: when it may be used, and over how many
+connections. Used by host.py and failures.py, which report events with the
+loop's time; no input or output.
 
     health = Health("mirror.example", most=4)
     health.failed(error, sent, now)     # refused, silent, not connected

@@ -21,8 +21,8 @@ to requests without an answer in failures.py.
 
 import types
 
-from bb.connections import (Cancelled, ConnectError, Disconnected, IdleClosed, InconsistentAnswer, ProtocolError,
-                            RefusedError, Resubmit, TimedOutError, Unusable)
+from bb.connections import (Cancelled, ConnectError, DestinationError, Disconnected, IdleClosed, InconsistentAnswer,
+                            ProtocolError, RefusedError, Resubmit, TimedOutError, Unusable)
 from bb.connections.connectionset import IDLE, ConnectionSet
 from bb.connections.diagnosis import Diagnosis, is_ambiguous
 from bb.connections.failures import ATTEMPTS, Failures
@@ -129,7 +129,8 @@ class Host:
         self._update_limit(now)
         # First those on which a request is answered soonest
         for connection in sorted(self.connections.established, key=lambda connection: len(connection.in_flight)):
-            if not connection.retiring and self.queues.get(connection.route) and not self._in_trial(connection):
+            if not (connection.retiring or connection.reporting or self._in_trial(connection)) and \
+                    self.queues.get(connection.route):
                 self.connections.fill(connection, self.queues.get(connection.route))
         for route, queue in self.queues.items():
             if self.health.rate_limit.allowance(now) == 0:
@@ -308,7 +309,9 @@ class Host:
             self._sends_stray_data = True
             self.pipelining.disable()
         self.connections.arrived += connection.arrived
-        self.pipelining.ended(connection, error)
+        # Not failures of the server
+        own = isinstance(error, (Cancelled, DestinationError))
+        self.pipelining.ended(connection, None if own else error)
         self._schedule()
         requests = list(connection.in_flight)
         if self._in_trial(connection):
@@ -318,7 +321,8 @@ class Host:
             return
         if error is None:
             self.pipelining.closed(connection)
-        elif isinstance(error, InconsistentAnswer) or len(requests) > 1 and not isinstance(error, (IdleClosed, TimedOutError)):
+        elif isinstance(error, InconsistentAnswer) or \
+                len(requests) > 1 and not own and not isinstance(error, (IdleClosed, TimedOutError)):
             self.pipelining.broken(connection)
         if error is None or not requests or isinstance(error, IdleClosed):
             # A server may close a connection at any time (RFC 9112 9.5)

@@ -14,13 +14,15 @@ with requests that are due anyway and, among them, a probe whose answer can be
 distinguished from theirs: the HEAD of a file that is known to exist, or else an
 OPTIONS. The number of requests in flight is increased step by step, each time on
 one connection first, since some servers drop what exceeds their buffer. Pipelining
-is disabled for a server that fails the trial, repeatedly
-breaks connections with several requests in flight, or sends answers that
-contradict earlier ones about the same file.
+is disabled for a server that fails the trial, repeatedly breaks connections with
+several requests in flight, or sends answers that contradict earlier ones about the
+same file.
 
     pipelining = Pipelining(needs_trial=True)
     trial = pipelining.trial(connection, answer, queue)     # send trial.sent
     number = pipelining.room(connection)
+    pipelining.answered(connection, number, latency, waiting)
+    pipelining.ended(connection, error)
     Load(connection.in_flight, needs_trial=True).admits(request, has_spare)
 """
 
@@ -78,7 +80,6 @@ class Pipelining:
         in_flight = len(connection.in_flight)
         if not self.works or self._start_single and not connection.served:
             return 1 - in_flight
-        self._start_single = False
         room = self.depth - in_flight
         if connection is self._deeper:
             # None until all are answered: if some have been dropped, further answers would be taken for theirs
@@ -98,16 +99,19 @@ class Pipelining:
         """
         if latency is not None:
             self._shortest = min(self._shortest, latency)
+        if connection.served == number:
+            # The first answers on the connection
+            self._start_single = False
         if connection is self._deeper and not connection.in_flight:
             if self._served_before is not None:
                 sent = connection.served - self._served_before
                 # The requests, such as those for large bodies, may not permit more
                 self._deeper_failed += sent <= self.depth
-                self.depth = max(self.depth, sent)
+                self.depth = max(self.depth, min(sent, MAX_DEPTH))
                 self._deeper = None
             self._served_before = connection.served
         at_once = number > self.depth // 2 or latency is not None and latency < 2 * self._shortest
-        if at_once and waiting >= 2 * self.depth and self.works and not self._deeper and self.depth < MAX_DEPTH and \
+        if at_once and connection.is_open and waiting >= 2 * self.depth and self.works and not self._deeper and self.depth < MAX_DEPTH and \
                 self._deeper_failed < STRIKES:
             self._deeper, self._served_before = connection, None if connection.in_flight else connection.served
 
@@ -115,7 +119,7 @@ class Pipelining:
         """connection has ended. error is None for an orderly end."""
         if connection is self._deeper:
             self._deeper = None
-            self._deeper_failed += error is not None
+            self._deeper_failed += error is not None and len(connection.in_flight) > 0
 
     def closed(self, connection):
         """connection has ended in an orderly way"""

@@ -18,7 +18,7 @@ not indicate whether the file exists, are not remembered.
     pool.stop()                 # fails the remaining requests with Cancelled
 """
 
-from bb.connections import Cancelled, http, s3, sftp
+from bb.connections import Cancelled, http, sftp
 from bb.connections.host import Host
 from bb.connections.request import ABSENT, MISSING, Response
 
@@ -30,7 +30,7 @@ MAX_ALL = 96
 
 # {scheme: (coroutine that opens a connection, its class)}; a protocol is added here
 PROTOCOLS = {"http": (http.connect, http.HTTPConnection), "https": (http.connect, http.HTTPConnection),
-             "sftp": (sftp.connect, sftp.SFTPConnection), "s3": (s3.connect, s3.S3Connection)}
+             "sftp": (sftp.connect, sftp.SFTPConnection)}
 
 # Cached in place of (size, validators) if there is no file
 NO_FILE = ()

@@ -28,7 +28,6 @@ import urllib.parse
 import urllib.request
 
 from bb.connections import DestinationError
-from bb.connections.sigv4 import quote
 
 # Scheme, authority, path with query of a URL. urllib.parse.urlsplit() takes ten times as long.
 URL = re.compile(r"(https?|sftp|s3)://([^/?#]*)([^#]*)", re.IGNORECASE)
@@ -152,7 +151,7 @@ class Request:
             if self.origin.scheme == "sftp":
                 self.target = _sftp_path(target)
             elif self.origin.scheme == "s3":
-                self.target = quote(urllib.parse.unquote(target, errors="surrogateescape"))
+                self.target = quote_key(urllib.parse.unquote(target, errors="surrogateescape"))
             elif url.isascii() and url.isprintable() and " " not in url:
                 self.target = target if target.startswith("/") else "/" + target
             else:
@@ -247,6 +246,10 @@ def _sftp_path(target):
     if not path or b"\0" in path:
         raise ValueError("Not a path")
     return path
+
+def quote_key(key):
+    """Returns the key of an object as a path: S3 wants all but the unreserved characters of RFC 3986 and "/" encoded"""
+    return urllib.parse.quote(key, safe="/-_.~", errors="surrogateescape")
 
 def _split(authority):
     """Returns user, password, host ("" if missing) and port (0 if missing). Raises ValueError without quoting them."""

@@ -27,13 +27,15 @@ import re
 import shlex
 import time
 
-from bb.connections import IdleClosed, Resubmit, Unusable
+from bb.connections import ConnectError, IdleClosed, Resubmit, Unusable
 from bb.connections import awsconfig, http, sigv4
 from bb.connections.awsconfig import ANY_REGION, KEYS_HASH, UNSIGNED, keys_hash
 from bb.connections.request import FORBIDDEN, Request, Response, S3Route
 
 # Header of all answers of S3, which those of a proxy lack
 REQUEST_ID = "x-amz-request-id"
+# Variables that come with each request if they are set; all others are those of the configuration
+OF_REQUESTS = awsconfig.EXPORTED + awsconfig.OTHERS + ("FETCHCMD_s3",)
 # Statuses of errors that may end if a request is signed anew
 CORRECTABLE = (301, 307, 400, FORBIDDEN)
 # Codes of errors for an object that does not exist, if the user must not list the bucket, or that cannot be read
@@ -60,11 +62,6 @@ DENIED_SECONDS = 10
 RENEW_BEFORE = 300
 
 
-async def connect(*args):
-    """The same as S3.connect(), for buckets that need no keys"""
-    return await S3({}).connect(*args)
-
-
 class S3:
     """
     The buckets of a build. environment has the fetcher's variables, including the secrets.
@@ -74,8 +71,10 @@ class S3:
 
     def __init__(self, environment):
         self.protocol = self.connect, S3Connection
-        self._environment = environment
+        # What does not come with each request
+        self._environment = {name: value for name, value in environment.items() if name not in OF_REQUESTS}
         self._hash = keys_hash(environment)
+        self._closed = False
         # {route: Account}
         self._accounts = {}
 
@@ -86,6 +85,8 @@ class S3:
             if variables.pop(KEYS_HASH, None) != self._hash:
                 raise Unusable("a task uses other AWS keys than the configuration")
             self._accounts[route] = Account({**self._environment, **variables})
+            if self._closed:
+                self._accounts[route].end()
         account = self._accounts[route]
         await account.load(loop)
         bucket = account.bucket(origin.host)
@@ -99,7 +100,13 @@ class S3:
             # For example a character that no header may have
             raise Unusable("the S3 endpoint or the proxy is invalid: %s" % e) from e
         connection = S3Connection(loop, owner, target.origin, target.route, timeout, bucket, path)
-        await http.connect(loop, owner, target.origin, target.route, timeout, connection)
+        try:
+            await http.connect(loop, owner, target.origin, target.route, timeout, connection)
+        except ConnectError as e:
+            if e.retryable:
+                raise
+            # For example a certificate that only aws trusts, which has its own list
+            raise Unusable(str(e)) from e
         # Those of the requests
         connection.origin, connection.route = origin, S3Route(route.variables)
         if scheme == "http":
@@ -108,6 +115,7 @@ class S3:
 
     def close(self):
         """End a program that is running. May be called from any thread."""
+        self._closed = True
         for account in list(self._accounts.values()):
             account.end()
 
@@ -134,6 +142,7 @@ class Account:
         self._refused = self._reason = None
         self._renew_at = float("inf")
         self._loading = self._export = None
+        self._ended = False
 
     def bucket(self, name):
         if name not in self._buckets:
@@ -175,6 +184,8 @@ class Account:
         keys = configuration.keys()
         if not keys:
             self._export = awsconfig.Export({**os.environ, **self._environment}, configuration.command)
+            if self._ended:
+                self._export.end()
             keys = self._export.run()
         if keys == self._refused:
             raise Unusable("S3 refuses signed requests (%s)" % self._reason)
@@ -212,6 +223,7 @@ class Account:
         return True
 
     def end(self):
+        self._ended = True
         if self._export:
             self._export.end()
 
@@ -328,7 +340,8 @@ class S3Connection(http.HTTPConnection):
                 self._bucket.account.proven = True
             return super().classify(request, response)
         location = LOCATION.match(headers.get("location", ""))
-        region = headers.get("x-amz-bucket-region") or headers.get(":region") or (location[1] if location else None)
+        region = headers.get("x-amz-bucket-region") or headers.get(":region") or \
+            (location[1] if location and awsconfig.REGION.fullmatch(location[1]) else None)
         code = headers.get(":code")
         if state != self._bucket.state or self._bucket.correct(headers, region, code):
             self.retiring = True
@@ -336,6 +349,8 @@ class S3Connection(http.HTTPConnection):
         if code in KEY_CODES or code == TIME_CODE:
             return None, Unusable("S3 refuses signed requests (%s)" % code)
         if code in ABSENT_CODES:
+            # The signature was accepted
+            self._bucket.account.proven = True
             self._bucket.denied_until = self.loop.time() + DENIED_SECONDS
             return Response(404, headers, None), None
         if request.method == "HEAD":

@@ -20,7 +20,6 @@ import collections
 import hashlib
 import hmac
 import time
-import urllib.parse
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 # x-amz-content-sha256 of a request without a body
@@ -33,11 +32,6 @@ class Keys(collections.namedtuple("Keys", "access secret token expires")):
 
     def __repr__(self):
         return "Keys(...)"
-
-
-def quote(key):
-    """Returns the key of an object as a path: S3 wants all but the unreserved characters of RFC 3986 and "/" encoded"""
-    return urllib.parse.quote(key, safe="/-_.~", errors="surrogateescape")
 
 
 class Signer:

@@ -31,8 +31,7 @@ import bb
 from bb.connections import ConnectionCacheError
 from bb.connections import awsconfig
 from bb.connections.client import Answer, Client, ServerError
-from bb.connections.request import ABSENT, ENVIRONMENT, HTTP_ENVIRONMENT, MISSING, basic_auth, redact
-from bb.connections.sigv4 import quote
+from bb.connections.request import ABSENT, ENVIRONMENT, HTTP_ENVIRONMENT, MISSING, basic_auth, quote_key, redact
 from bb.networksettings import ADDRESS, is_enabled
 
 logger = logging.getLogger("BitBake.Fetcher")
@@ -181,7 +180,9 @@ def environment(scheme, d):
 def aws_environment(d):
     """Return the variables that select bucket, user and route for s3, including the keys"""
     environ = bb.fetch2.get_fetcher_environment(d, HTTP_ENVIRONMENT + awsconfig.EXPORTED + awsconfig.SECRETS)
-    environ.update((name, d.getVar(name)) for name in awsconfig.OTHERS + ("FETCHCMD_s3",) if d.getVar(name))
+    # Of the others, aws sees those that are exported
+    environ.update((name, d.getVar(name)) for name in awsconfig.OTHERS + ("FETCHCMD_s3",)
+                   if d.getVar(name) and (name == "FETCHCMD_s3" or d.getVarFlag(name, "export", False)))
     return environ
 
 def describe_mirror(ud, d):
@@ -196,7 +197,7 @@ def request_url(ud, d):
     url = ud.url.partition(";")[0]
     if ud.type == "s3":
         # As the fetcher passes them to aws
-        return "s3://%s%s" % (ud.host, quote(ud.path))
+        return "s3://%s%s" % (ud.host, quote_key(ud.path))
     if ud.type == "az":
         # Its fetcher may have changed the URL
         sas = d.getVar("AZ_SAS") or ""

@@ -9,7 +9,7 @@
 import types
 import unittest
 
-from bb.connections import ConnectError, RefusedError, TimedOutError, health
+from bb.connections import ConnectError, Disconnected, RefusedError, TimedOutError, health
 from bb.connections.growth import Growth
 from bb.connections.health import Health
 from bb.connections.pipelining import PROVEN_AFTER, STRIKES, Load, Pipelining
@@ -139,7 +139,7 @@ class PipeliningTest(unittest.TestCase):
         self.pipelining = Pipelining(needs_trial=True)
 
     def connection(self, served=0, in_flight=()):
-        return types.SimpleNamespace(served=served, in_flight=in_flight, close_announced=True)
+        return types.SimpleNamespace(served=served, in_flight=in_flight, close_announced=True, is_open=True)
 
     def test_one_request_before_the_trial(self):
         self.assertEqual(self.pipelining.room(self.connection()), 1)
@@ -179,6 +179,25 @@ class PipeliningTest(unittest.TestCase):
         self.assertEqual(self.pipelining.room(self.connection()), 1)
         self.pipelining.broken(self.connection(served=2))
         self.assertFalse(self.pipelining.works)
+
+    def test_connection_after_a_broken_one(self):
+        self.pipelining.finish("works")
+        self.pipelining.broken(self.connection(served=20))
+        # Other connections continue
+        self.assertEqual(self.pipelining.room(self.connection(served=5)), 8)
+        connection = self.connection()
+        self.assertEqual(self.pipelining.room(connection), 1)
+        connection.served = 1
+        self.pipelining.answered(connection, 1, None, 0)
+        self.assertEqual(self.pipelining.room(self.connection()), 8)
+
+    def test_idle_connection_that_ends_is_no_failure(self):
+        self.pipelining.finish("works")
+        for _ in range(2 * STRIKES):
+            connection = self.connection()
+            self.pipelining.answered(connection, 8, None, 100)
+            self.assertEqual(self.pipelining.room(connection), 16)
+            self.pipelining.ended(connection, Disconnected("closed by the server"))
 
     def test_number_of_requests_per_connection(self):
         self.pipelining.finish("works")

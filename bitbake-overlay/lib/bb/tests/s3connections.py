@@ -18,9 +18,9 @@ import unittest.mock
 
 import bb.data
 import bb.fetch2
-from bb.connections import Unusable, awsconfig, sigv4
+from bb.connections import ConnectError, Unusable, awsconfig, sigv4
 from bb.connections.pool import PROTOCOLS
-from bb.connections.request import Request
+from bb.connections.request import Request, quote_key
 from bb.connections.s3 import S3
 from bb.connections.sigv4 import Keys, Signer
 from bb.fetch2 import shared
@@ -260,7 +260,7 @@ class ConfigurationTest(ConnectionsTest):
         with self.assertRaises(Unusable):
             awsconfig.Export({"PATH": "/nowhere"}, awsconfig.EXPORT).run()
         with unittest.mock.patch("bb.connections.awsconfig.EXPORT_TIMEOUT", 0.1), self.assertRaises(Unusable):
-            self.export("exec sleep %s" % SECONDS)
+            self.export("sleep %s\n:" % SECONDS)
 
     def test_default_command(self):
         for command, is_default in (("", True), (None, True), ("aws s3", True), ("aws s3 --no-sign-request", True),
@@ -314,7 +314,7 @@ class S3Test(ConnectionsTest):
     def request(self, method, name, **members):
         environment = {name: value for name, value in self.environment.items() if name not in awsconfig.SECRETS}
         environment[awsconfig.KEYS_HASH] = awsconfig.keys_hash(self.environment)
-        return super().request(method, "s3://bucket/" + sigv4.quote(str(name)), environment, **members)
+        return super().request(method, "s3://bucket/" + quote_key(str(name)), environment, **members)
 
     def objects(self, numbers, method="HEAD"):
         return self.ask(*[self.request(method, number) for number in numbers])
@@ -418,7 +418,7 @@ class S3Test(ConnectionsTest):
         self.bucket()
         self.set_keys(KEYS)
         with open(os.path.join(self.tempdir, "keys"), "a") as f:
-            f.write("exec sleep %s\n" % SECONDS)
+            f.write("sleep %s\n:\n" % SECONDS)
         self.start()
         request = self.request("HEAD", 1)
         self.server.submit([request], self.answered)
@@ -435,6 +435,21 @@ class S3Test(ConnectionsTest):
         self.assertIsInstance(outcome, Unusable)
         self.assertIn("aws", str(outcome))
         self.assertEqual(bucket.requests, [])
+
+    def test_untrusted_certificate(self):
+        """aws may trust others"""
+        self.bucket()
+        self.set_keys(KEYS)
+        self.start()
+        error = ConnectError("certificate verify failed", retryable=False)
+        with unittest.mock.patch("bb.connections.http.connect", side_effect=error):
+            outcome, = self.objects([1])
+        self.assertIsInstance(outcome, Unusable)
+
+    def test_variable_that_a_request_lacks(self):
+        """It does not come from the configuration"""
+        connections = S3({"AWS_ENDPOINT_URL": "http://x", "FETCHCMD_s3": "aws s3 --no-sign-request", "AWS_ACCESS_KEY_ID": "A"})
+        self.assertEqual(connections._environment, {"AWS_ACCESS_KEY_ID": "A"})
 
     def test_invalid_endpoint(self):
         """Nothing of the signed request is in the message"""
@@ -494,6 +509,7 @@ class FetcherTest(ConnectionsTest):
         d = self.d.createCopy()
         for name, value in variables.items():
             d.setVar(name, value)
+            d.setVarFlag(name, "export", "1")
         ud = bb.fetch2.FetchData(url, d)
         return dict(shared.describe_mirror(ud, d), url=shared.request_url(ud, d)) if shared.supports(ud, d) else None
 
@@ -510,6 +526,9 @@ class FetcherTest(ConnectionsTest):
         self.assertEqual((environment["AWS_PROFILE"], environment["AWS_ENDPOINT_URL"]), ("p", "http://x"))
         for value in keys.values():
             self.assertNotIn(value, str(described))
+        # aws would not see a variable that is not exported
+        self.d.setVar("AWS_ENDPOINT_URL", "http://x")
+        self.assertNotIn("AWS_ENDPOINT_URL", self.describe("s3://bucket/a", **keys)["environment"])
         other = self.describe("s3://bucket/a", **dict(keys, AWS_SESSION_TOKEN="token2"))["environment"]
         self.assertNotEqual(environment[awsconfig.KEYS_HASH], other[awsconfig.KEYS_HASH])
 
