@@ -3,6 +3,7 @@
 """A project of kas takes up the series as README.md says: with the real kas, on clones of upstream's checkouts."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,8 @@ class Project:
                               cwd=self.folder, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True, timeout=SECONDS)
         assert done.returncode == 0, done.stdout[-6000:]
-        return done.stdout
+        # What it runs says is logged, too
+        return re.sub(r"^\S+ \S+ - INFO +- ", "", done.stdout, flags=re.MULTILINE)
 
     def make(self, *files, mirror=None):
         """Build from nothing, with what kas lays out; returns the names of what there is then, and what was said."""
