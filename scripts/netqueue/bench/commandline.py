@@ -7,7 +7,7 @@ returns the exit code. Its docstring is what --help tells.
 """
 
 from netqueue.bench import (build, connectioncount, dispatch, faults, fuzz, install, kills, overhead, presence,
-                            throughput)
+                            terminal, throughput)
 from netqueue.command import Parser
 
 BENCHMARKS = [("dispatch", dispatch, "CPU seconds in which the runqueue starts tasks"),
@@ -18,6 +18,7 @@ BENCHMARKS = [("dispatch", dispatch, "CPU seconds in which the runqueue starts t
               ("install", install, "what it costs to install objects that are all local"),
               ("overhead", overhead, "what a build costs that the series has nothing to gain for"),
               ("faults", faults, "what is restored from mirrors with faults"),
+              ("terminal", terminal, "what a user sees of a build"),
               ("fuzz", fuzz, "mutated input for the parsers of the shared connections"),
               ("kills", kills, "what is left of builds that are killed while they restore")]
 

@@ -10,5 +10,6 @@
     mirrors.py      a mirror of any protocol
     downloads.py    programs that download the files of a mirror
     cpuseconds.py   CPU seconds of builds and servers
+    screen.py       what a terminal shows, and a picture of it
     picture.py      stock beside patched as a SVG
 """
