@@ -402,7 +402,8 @@ class Prefetch:
         self.bytes += transfer.files.size or 0
         if transfer.complete.issuperset(transfer.files.names[:transfer.files.needed]):
             self._presence.local([transfer.tid])
-        logger.debug2("Fetched ahead for %s", transfer.tid)
+        logger.debug2("Fetched ahead for %s: %s from %s://%s", transfer.tid, ", ".join(sorted(transfer.complete)),
+                      transfer.files.mirror[0].scheme, transfer.files.mirror[0].host)
 
     def _give_up(self, transfer, reason):
         logger.debug("Not fetched ahead for %s: %s", transfer.tid, reason)
@@ -431,7 +432,7 @@ class Prefetch:
     def _report_progress(self):
         now = time.monotonic()
         ended = not self._under_way and not self._order
-        if not self.objects or not ended and now - self._reported_at < INTERVAL or \
+        if not self._bytes() or not ended and now - self._reported_at < INTERVAL or \
                 ended and self._reported[:2] == (self.objects,) * 2:
             return
         self._reported_at = now

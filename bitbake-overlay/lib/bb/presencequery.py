@@ -293,6 +293,8 @@ class Query:
             # Another mirror has answered before
             return
         ud = item.candidates[mirror_index]
+        logger.debug2("Queried %s for %s: %s", redact(ud.url), item.tid,
+                      error or ("status %s" % response.status if response is not None else "missing"))
         if mirror and type(error) in (Cancelled, ConnectionCacheError):
             # The shared connections have ended or failed, so the object may exist
             raise error

@@ -88,6 +88,7 @@ def download(ud, d):
             warn_unexpected_content(ud.type, urllib.parse.urlsplit(ud.url).hostname)
             raise bb.fetch2.FetchError("The content is not that of an sstate object", redact(ud.url))
         os.rename(path, ud.localpath)
+        logger.debug2("%s: %s bytes over shared connections", redact(ud.url), answer.size)
         # May exist after an earlier download by wget
         _remove(ud.localpath + ".tmp")
         return True
