@@ -418,6 +418,33 @@ def test_all_is_redirected_to_another_host(simulate):
     assert trouble(simulation) == []
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("seconds", [0, 100])
+def test_target_of_a_head_serves_the_get(simulate, signed, seconds):
+    """If it is fresh, and not signed for HEAD only: otherwise the mirror is asked for the target of the GET."""
+    async def script(talk):
+        while True:
+            request = await talk.request()
+            path, _, method = request.target.partition("?")
+            if request.headers["host"] == "mirror.example":
+                target = "https://other.example%s?%s" % (request.target, request.method if signed else "")
+                talk.answer(request, b"", "Location: " + target, status=302)
+            elif method in ("", request.method):
+                answer(talk, request._replace(target=path))
+            else:
+                talk.answer(request, b"signed for something else", status=403)
+    server, simulation = simulate(script)
+    assert_right(ask(simulation, "HEAD", paths(100)))
+    simulation.advance(seconds)
+    assert_right(ask(simulation, "GET", paths(100)))
+    asked = [request for request in server.requests if request.headers["host"] == "mirror.example" and request.method == "GET"]
+    refused = [request for request in server.requests if request.method == "GET" and request.target.endswith("?HEAD")]
+    # With a probe of pipelining, perhaps
+    assert len(asked) in ((100, 101) if signed or seconds else (0, 1))
+    assert len(refused) <= (100 if signed and not seconds else 0)
+    assert trouble(simulation) == []
+
+
 def test_target_of_redirects_that_is_dead(simulate):
     """Every tenth file is on a host that is not there: the others are not held up."""
     async def script(talk):

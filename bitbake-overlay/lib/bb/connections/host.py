@@ -231,6 +231,10 @@ class Host:
         response, error = connection.classify(request, response)
         if error or not self._kind.needs_trial:
             return response, error
+        if request.before_redirects and 400 <= response.status < 500:
+            self._pool.ignore_targets()
+            request.restore_url()
+            return None, Resubmit()
         if response.status not in HEAD_REFUSED:
             if request.method != request.original_method and response.status < 500:
                 self._get_helps[request.refused_head] = True

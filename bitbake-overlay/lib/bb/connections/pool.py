@@ -32,6 +32,8 @@ MAX_ALL = 96
 PROTOCOLS = {"http": (http.connect, http.HTTPConnection), "https": (http.connect, http.HTTPConnection),
              "sftp": (sftp.connect, sftp.SFTPConnection)}
 
+# Seconds for which a GET is sent to where the HEAD of its file was redirected: signed URLs are usually valid for minutes
+TARGET_SECONDS = 60
 # Cached in place of (size, validators) if there is no file
 NO_FILE = ()
 
@@ -56,6 +58,8 @@ class Pool:
         self._protocols = protocols
         # {(authorization, route): {url: (size, validators) or NO_FILE}}
         self._answers = {}
+        # {Request.key: (URL to which a HEAD was redirected, time)}, or None if those do not serve a GET
+        self._targets = {}
         # Number of unanswered requests
         self._open = 0
         # Seconds in which there were any until _open last became 0, and the time since when there are some
@@ -93,6 +97,9 @@ class Pool:
             return True
         if request.method == "GET":
             request.size, request.validators = known or (None, None)
+            target, since = (self._targets or {}).get(request.key, (None, 0))
+            if target and self.loop.time() - since < TARGET_SECONDS:
+                request.skip_redirects(target)
         elif known and not request.fresh and self.is_healthy(request.origin, request.route):
             # That the file exists is of no use while its host fails
             self._conclude(request, Response(200, {}, known[0]), None)
@@ -112,6 +119,8 @@ class Pool:
             answers = self._answers.setdefault(request.key[0], {})
             if response.status == 200:
                 answers[request.key[1]] = response.length, response.validators
+                if request.redirects and request.original_method == "HEAD" and self._targets is not None:
+                    self._targets[request.key] = request.url, self.loop.time()
             elif response.status in (MISSING if request.original_method == "HEAD" else ABSENT):
                 answers[request.key[1]] = NO_FILE
         self._conclude(request, response, error)
@@ -119,6 +128,10 @@ class Pool:
     def reject(self, request):
         """Treat the file of request as absent from now on, since its content is unexpected or does not arrive"""
         self._answers.setdefault(request.key[0], {})[request.key[1]] = NO_FILE
+
+    def ignore_targets(self):
+        """Called by a Host: the target of a HEAD has refused the GET, probably since its URL is signed for HEAD"""
+        self._targets = None
 
     def _conclude(self, request, response, error):
         self._open -= 1

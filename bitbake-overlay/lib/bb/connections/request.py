@@ -114,7 +114,7 @@ class Request:
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "empty", "done", "context", "cancelled", "first",
                  "fresh", "recheck", "probe", "exclusive", "received", "sent", "url", "origin", "target", "route", "key",
                  "original_method", "size", "validators", "attempts", "refusals", "recoveries_before", "redirects",
-                 "refused_head", "answers_before")
+                 "refused_head", "answers_before", "before_redirects")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, empty=False):
         # method becomes GET if the server refuses a HEAD
@@ -137,6 +137,8 @@ class Request:
         self.refused_head = None
         # Number of answers of the host when this request last failed together with the host (failures.py)
         self.answers_before = None
+        # URL and authorization before skip_redirects()
+        self.before_redirects = None
         self._set_url(url)
         # Key of the answer in the pool's cache, which redirects do not change
         self.key = (authorization, self.route), url
@@ -175,6 +177,19 @@ class Request:
         else:
             self.authorization = None
         self.redirects += 1
+
+    def skip_redirects(self, target):
+        """Change the URL to target, to which it is known to be redirected"""
+        self.before_redirects = self.url, self.authorization
+        self.redirect(target)
+
+    def restore_url(self):
+        """Undo skip_redirects()"""
+        url, authorization = self.before_redirects
+        self.before_redirects = None
+        self._set_url(url)
+        self.authorization = authorization
+        self.redirects = 0
 
     @property
     def identity(self):
