@@ -39,7 +39,7 @@ import bb
 import bb.fetch2
 from bb import prefetchfiles
 from bb.connections import ConnectError, RefusedError, TimedOutError
-from bb.connections.request import Request, last_modified
+from bb.connections.request import Request, last_modified, redact
 from bb.fetch2 import shared
 
 logger = logging.getLogger("BitBake.RunQueue")
@@ -352,6 +352,8 @@ class Prefetch:
             self._on_complete(transfer)
 
     def _on_file(self, transfer, name, request, response, error):
+        logger.debug2("Requested %s for %s (connection %s): %s", redact(request.url), transfer.tid, request.connection,
+                      error or "status %s" % response.status)
         if response is not None and response.status == 200:
             try:
                 # The fetcher rejects empty files, too
@@ -402,8 +404,7 @@ class Prefetch:
         self.bytes += transfer.files.size or 0
         if transfer.complete.issuperset(transfer.files.names[:transfer.files.needed]):
             self._presence.local([transfer.tid])
-        logger.debug2("Fetched ahead for %s: %s from %s://%s", transfer.tid, ", ".join(sorted(transfer.complete)),
-                      transfer.files.mirror[0].scheme, transfer.files.mirror[0].host)
+        logger.debug2("Fetched ahead for %s", transfer.tid)
 
     def _give_up(self, transfer, reason):
         logger.debug("Not fetched ahead for %s: %s", transfer.tid, reason)

@@ -293,8 +293,9 @@ class Query:
             # Another mirror has answered before
             return
         ud = item.candidates[mirror_index]
-        logger.debug2("Queried %s for %s: %s", redact(ud.url), item.tid,
-                      error or ("status %s" % response.status if response is not None else "missing"))
+        if not mirror:
+            logger.debug2("Queried %s for %s by its fetcher: %s", redact(ud.url), item.tid,
+                          error or ("missing" if response is None else "found"))
         if mirror and type(error) in (Cancelled, ConnectionCacheError):
             # The shared connections have ended or failed, so the object may exist
             raise error
@@ -323,7 +324,10 @@ class Query:
     def _done(self, request, response, error):
         # Called by server.deliver()
         if not self._ended:
-            self._on_answer(*self._asked.pop(request), response, error)
+            item, mirror_index, mirror = self._asked.pop(request)
+            logger.debug2("Queried %s for %s (connection %s): %s", redact(request.url), item.tid, request.connection,
+                          error or "status %s" % response.status)
+            self._on_answer(item, mirror_index, mirror, response, error)
 
     def _check(self, item, mirror_index):
         """Query a candidate of item by the fetcher's checkstatus()"""

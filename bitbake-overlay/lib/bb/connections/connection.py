@@ -42,6 +42,7 @@ class Connection(asyncio.BufferedProtocol):
 
     origin, route       the host, and how it is reached
     in_flight           requests without an answer, in the order of sending
+    ordinal             counts the connections to the host from 1
     served              number of answers so far
     arrived             number of bytes received so far
     close_announced     the server has announced that it will close the connection
@@ -60,7 +61,7 @@ class Connection(asyncio.BufferedProtocol):
         self.route = route
         self.timeout = self.idle = self._longest = timeout
         self.in_flight = collections.deque()
-        self.served = 0
+        self.ordinal = self.served = 0
         self.close_announced = self.has_stray_data = self.retiring = self.is_open = False
         self.transport = None
         # The data that parse() has not consumed yet is between start and end

@@ -148,6 +148,7 @@ class ConnectionSet:
         now = self._loop.time()
         for request in requests:
             request.sent = now
+            request.connection = connection.ordinal
         if not connection.in_flight:
             connection.set_timeout(min(self._patience(connection, requests[0]), self._pool.timeout))
         self._host.health.rate_limit.sent(len(requests), now)
@@ -235,5 +236,6 @@ class ConnectionSet:
             self._login = self._loop.time() - started
             self.latency = self.latency or self._login / LOGIN_ROUND_TRIPS
             self.established.append(connection)
+            connection.ordinal = self._host.statistics.connections + 1
             connection.set_idle(IDLE if self._kind.serial else UNUSED)
             self._host.connected(route)

@@ -114,7 +114,8 @@ class Request:
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "empty", "done", "context", "cancelled", "first",
                  "fresh", "recheck", "probe", "exclusive", "received", "sent", "url", "origin", "target", "route", "key",
                  "original_method", "size", "validators", "attempts", "refusals", "recoveries_before", "redirects",
-                 "refused_head", "answers_before", "before_redirects")
+                 "refused_head", "answers_before", "before_redirects",
+                 "connection")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, empty=False):
         # method becomes GET if the server refuses a HEAD
@@ -126,8 +127,8 @@ class Request:
         self.empty = empty
         self.done = self.context = None
         self.cancelled = self.first = self.fresh = self.recheck = self.probe = self.exclusive = False
-        # Number of bytes of the body so far, and the time at which the request was last sent
-        self.received = self.sent = 0
+        # Number of bytes of the body so far, and the time and the connection at which the request was last sent
+        self.received = self.sent = self.connection = 0
         # Size in bytes and validators from the HEAD of the same file
         self.size = self.validators = None
         self.attempts = self.refusals = self.redirects = 0
