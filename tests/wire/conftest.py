@@ -97,6 +97,8 @@ def start():
         d = bb.data.init()
         for name, value in variables.items():
             d.setVar(name, value)
+            if name.startswith("AWS_"):
+                d.setVarFlag(name, "export", "1")
         connections = SharedConnections(types.SimpleNamespace(extraconfigdata={}), d)
         made.append(connections)
         connections.start()

@@ -43,7 +43,7 @@ def usable(connections, mirror):
 
 
 def test_greeting(task):
-    assert task.greeting == {"hello": protocol.VERSION, "schemes": ["http", "https", "sftp"]}
+    assert task.greeting == {"hello": protocol.VERSION, "schemes": ["http", "https", "s3", "sftp"]}
 
 
 def test_address_is_published_during_a_build(start):
