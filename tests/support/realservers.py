@@ -29,6 +29,16 @@ from support.asking import wait_until
 
 SYSTEM_PATH = ":/usr/sbin:/usr/local/sbin:/sbin"
 APACHE_MODULES = "/usr/lib/apache2/modules"
+# The part of a configuration that lets it run for a RealServer
+APACHE_PROCESS = """
+ServerName localhost
+Listen 127.0.0.1:%(port)d
+PidFile %(work)s/pid
+DefaultRuntimeDir %(work)s
+ErrorLog %(work)s/error.log
+User %(user)s
+Group %(group)s
+"""
 
 
 def user():
@@ -123,14 +133,7 @@ class Apache(RealServer):
     """mpm is one of event, worker and prefork; with certificates it serves https"""
     program = "apache2"
     arguments = ("-d", "%(work)s", "-f", "%(work)s/conf", "-D", "FOREGROUND")
-    CONFIG = """
-ServerName localhost
-Listen 127.0.0.1:%(port)d
-PidFile %(work)s/pid
-DefaultRuntimeDir %(work)s
-ErrorLog %(work)s/error.log
-User %(user)s
-Group %(group)s
+    CONFIG = APACHE_PROCESS + """
 LoadModule mpm_%(mpm)s_module %(modules)s/mod_mpm_%(mpm)s.so
 LoadModule authz_core_module %(modules)s/mod_authz_core.so
 LoadModule env_module %(modules)s/mod_env.so

@@ -41,6 +41,12 @@ def add_class(build, name, text):
     (build.layer / "classes" / (name + ".bbclass")).write_text(text)
 
 
+def make_absent(build, *numbers):
+    """Give the objects of these recipes another size, and thus another hash, than those of the filled mirror."""
+    for number in numbers:
+        (build.layer / "recipes" / ("demo-%04d.bb" % number)).write_text('DEMO_SIZE = "77"\n')
+
+
 def problems(output):
     """The lines that tell the user of a problem"""
     # Without a terminal a stage's title, which ends so, has no line of its own

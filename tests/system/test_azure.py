@@ -5,7 +5,7 @@
 import pytest
 
 from system.conftest import FEW, OFF
-from system.observe import problems, restore, summary
+from system.observe import make_absent, problems, restore, summary
 
 pytestmark = pytest.mark.system
 
@@ -33,8 +33,7 @@ def test_absent(mirror, certificates, make_build, patched_tree):
     server = mirror("https", certificates=certificates)
     conf = 'SSTATE_MIRRORS = "file://.* az://localhost:%d/PATH;downloadfilename=PATH"' % server.port
     build = make_build(patched_tree, server, objects=FEW + 1, extra_conf=conf)
-    # Another size, another hash
-    (build.layer / "recipes" / ("demo-%04d.bb" % (FEW + 1))).write_text('DEMO_SIZE = "77"\n')
+    make_absent(build, FEW + 1)
     result = restore(build)
     assert len(build.restored()) == FEW and problems(result.output) == []
     assert "Mirrors %d Missed 1" % FEW in result.output

@@ -9,7 +9,7 @@ import pytest
 
 from netqueue.lab.certificates import make_certificates, trust
 from system.conftest import FEW, MANY
-from system.observe import SECOND, names, problems, restore, snapshot, summary
+from system.observe import SECOND, make_absent, names, problems, restore, snapshot, summary
 
 pytestmark = pytest.mark.system
 
@@ -78,9 +78,7 @@ def test_absent_objects(mirror, mirror_files, make_build, patched_tree):
     """What the mirror does not have is known from the query, and not asked for again."""
     server = mirror()
     build = make_build(patched_tree, server, objects=FEW + 2)
-    # Other sizes, other hashes
-    for number in (FEW + 1, FEW + 2):
-        (build.layer / "recipes" / ("demo-%04d.bb" % number)).write_text('DEMO_SIZE = "77"\n')
+    make_absent(build, FEW + 1, FEW + 2)
     result = restore(build)
     assert len(build.restored()) == FEW
     assert "Mirrors %d Missed 2" % FEW in result.output

@@ -9,7 +9,7 @@ import pytest
 
 from netqueue.lab import s3server
 from system.conftest import FEW, MANY, OFF
-from system.observe import names, problems, restore, snapshot, summary
+from system.observe import make_absent, names, problems, restore, snapshot, summary
 
 pytestmark = pytest.mark.system
 
@@ -71,9 +71,7 @@ def test_over_four_connections(conf, serve_s3, certificates, make_build, patched
 def test_absent_objects(serve_s3, make_build, patched_tree):
     server = serve_s3()
     build = make_build(patched_tree, server, objects=FEW + 2)
-    # Other sizes, other hashes
-    for number in (FEW + 1, FEW + 2):
-        (build.layer / "recipes" / ("demo-%04d.bb" % number)).write_text('DEMO_SIZE = "77"\n')
+    make_absent(build, FEW + 1, FEW + 2)
     result = restore(build)
     assert len(build.restored()) == FEW
     assert "Mirrors %d Missed 2" % FEW in result.output

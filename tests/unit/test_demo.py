@@ -64,7 +64,7 @@ def test_no_sshd(monkeypatch, capsys):
         demo._runnable(("sftp",))
 
 
-# What is missing is told in one line
+# One line for what is missing
 
 def test_no_wget(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "SYSTEM_PATH", "")

@@ -16,20 +16,20 @@ import pytest
 from netqueue import ROOT
 from netqueue.lab import sshd
 from support.asking import wait_until
-from support.realservers import APACHE_MODULES, RealServer
+from support.realservers import APACHE_MODULES, APACHE_PROCESS, RealServer
 from wire.test_real_servers import PRESENT, REQUESTS, files, nginx, restore  # noqa: F401
 
 MIRROR = ROOT / "scripts" / "mirror"
 README = (MIRROR / "README.md").read_text()
 
 
-def configured(name, around, **replaced):
+def configured(name, around, by):
     """
-    A configuration for RealServer: the file of scripts/mirror/ in what is around it, with {old: new} replaced, where new may
+    A configuration for RealServer: the file of scripts/mirror/ in what is around it, with by, {old: new}, replaced, where new may
     have RealServer's values. All that is replaced has to be there.
     """
     text = (MIRROR / name).read_text().replace("%", "%%")
-    for old, new in replaced["by"].items():
+    for old, new in by.items():
         assert old in text, "%s does not have %s" % (name, old)
         text = text.replace(old, new)
     return around.replace("SNIPPET", text)
@@ -75,14 +75,7 @@ class CacheNginx(MirrorNginx):
 class MirrorApache(Mirror):
     program = "apache2"
     arguments = ("-d", "%(work)s", "-f", "%(work)s/conf", "-D", "FOREGROUND")
-    CONFIG = configured("apache.conf", """
-ServerName localhost
-Listen 127.0.0.1:%(port)d
-PidFile %(work)s/pid
-DefaultRuntimeDir %(work)s
-ErrorLog %(work)s/error.log
-User %(user)s
-Group %(group)s
+    CONFIG = configured("apache.conf", APACHE_PROCESS + """
 LoadModule mpm_event_module MODULES/mod_mpm_event.so
 LoadModule authz_core_module MODULES/mod_authz_core.so
 SNIPPET

@@ -92,7 +92,7 @@ def test_another_status_for_what_is_absent(simulate, code):
 
 
 def test_many_absent_files_are_fetched(simulate):
-    """Each FAILURE of an OPEN might be a limit of open files; a STAT tells that it is not."""
+    """Each FAILURE of an OPEN might be a limit of open files; a STAT shows that it is not."""
     class Server(Odd):
         def stat(self, path):
             return super().stat(path) if path in self.files else self.status(self.FAILURE)
