@@ -90,6 +90,7 @@ class Host:
 
     def stop(self):
         """Fail all requests and close all connections. No requests may be submitted afterwards."""
+        # Before the requests are collected: those that are answered are not failed
         for connection in list(self.connections.established):
             connection.report()
         requests = self.queues.clear() + self.diagnosis.clear() + self.failures.clear()

@@ -111,9 +111,11 @@ class Pipelining:
                 self._deeper = None
             self._served_before = connection.served
         at_once = number > self.depth // 2 or latency is not None and latency < 2 * self._shortest
-        if at_once and connection.is_open and waiting >= 2 * self.depth and self.works and not self._deeper and self.depth < MAX_DEPTH and \
-                self._deeper_failed < STRIKES:
+        if self._may_deepen() and at_once and connection.is_open and waiting >= 2 * self.depth:
             self._deeper, self._served_before = connection, None if connection.in_flight else connection.served
+
+    def _may_deepen(self):
+        return self.works and not self._deeper and self.depth < MAX_DEPTH and self._deeper_failed < STRIKES
 
     def ended(self, connection, error):
         """connection has ended. error is None for an orderly end."""
