@@ -74,6 +74,17 @@ def number(name, value, default=None, smallest=1, largest=None):
         raise invalid(name, value, allowed)
     return int(text)
 
+def number_threads(d, tasknames):
+    """Return {taskname: limit} from do_x_setscene[number_threads]. An invalid value is a fatal error."""
+    limits = {}
+    for taskname in sorted(set(tasknames)):
+        flag = taskname + "_setscene"
+        try:
+            limits[taskname] = number(flag + "[number_threads]", d.getVarFlag(flag, "number_threads"))
+        except ValueError as e:
+            bb.fatal(str(e))
+    return limits
+
 def invalid(name, value, allowed):
     shown = value if len(value) <= 40 else value[:40] + "..."
     return ValueError('Invalid value "%s" for %s, must be %s' % (shown, name, allowed))

@@ -42,8 +42,14 @@ def network_tasks(rqdata):
     """Yield (tid, whether its setscene variant is meant) for each task that needs a slot"""
     for tid in rqdata.runtaskentries:
         (mc, _, taskname, taskfn) = bb.runqueue.split_tid_mcfn(tid)
+        task_deps = rqdata.dataCaches[mc].task_deps[taskfn]
         setscene = tid + "_setscene" in rqdata.taskData[mc].taskentries
-        flag = rqdata.dataCaches[mc].task_deps[taskfn].get("network", {}).get(taskname + "_setscene" if setscene else taskname)
+        if not setscene and (taskname in task_deps.get("noexec", {}) or
+                             not bb.runqueue.check_setscene_enforce_ignore_tasks(rqdata.dataCaches[mc].pkg_fn[taskfn], taskname,
+                                                                                 rqdata.setscene_ignore_tasks)):
+            # Never sent to a worker
+            continue
+        flag = task_deps.get("network", {}).get(taskname + "_setscene" if setscene else taskname)
         try:
             network = bb.utils.to_boolean(flag)
         except ValueError:
@@ -122,6 +128,11 @@ class NetworkSlots:
         if tid in self._held:
             self._held.remove(tid)
             self._note_change()
+
+    def update(self, stats):
+        """Write the numbers for the user interface to the RunQueueStats stats"""
+        stats.network_used = self.used
+        stats.network_limit = self.limit
 
     def _acquire(self, tid):
         if self.full() and tid not in self._held:

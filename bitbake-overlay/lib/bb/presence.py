@@ -109,7 +109,7 @@ class Presence:
 
             def update(done):
                 progress.update(done)
-                self._connections.report_pauses()
+                self._connections.report_hosts()
 
             sizes = query.run(objects, update)
             self._report(query.unanswered())

@@ -98,7 +98,7 @@ class SharedConnections:
             self.prefetch.close()
         self._report(server)
 
-    def report_pauses(self):
+    def report_hosts(self):
         """Report the hosts that request a pause, and those that are left to the fetcher, each of them once"""
         self._report_unusable(self.server)
         for host in list(self.server.pool.hosts.values()):

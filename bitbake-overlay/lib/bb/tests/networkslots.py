@@ -56,7 +56,8 @@ class TasksTest(unittest.TestCase):
         return types.SimpleNamespace(
             runtaskentries=dict.fromkeys(tid for tid in tids if not tid.endswith("_setscene")),
             taskData={mc: types.SimpleNamespace(taskentries=dict.fromkeys(tids))},
-            dataCaches={mc: types.SimpleNamespace(task_deps=deps)})
+            dataCaches={mc: types.SimpleNamespace(task_deps=deps, pkg_fn={prefix + "/r.bb": "r"})},
+            setscene_ignore_tasks=None)
 
     def test_tasks_that_need_a_slot(self):
         flags = {"do_fetch": "1", "do_checkuri": "yes", "do_unpack": None, "do_patch": "0", "do_broken": "maybe",
@@ -67,6 +68,12 @@ class TasksTest(unittest.TestCase):
             self.assertEqual(set(network_tasks(self.rqdata(flags, mc))), {
                 (prefix + "/r.bb:do_fetch", False), (prefix + "/r.bb:do_checkuri", False),
                 (prefix + "/r.bb:do_broken", False), (prefix + "/r.bb:do_package", True)})
+
+    def test_tasks_that_never_run(self):
+        rqdata = self.rqdata({"do_fetch": "1", "do_checkuri": "1", "do_listtasks": "1", "do_deploy": "1", "do_deploy_setscene": "1"})
+        rqdata.dataCaches[""].task_deps["/r.bb"]["noexec"] = {"do_checkuri": "1", "do_deploy": "1"}
+        rqdata.setscene_ignore_tasks = ["r:do_listtasks", "other:*"]
+        self.assertEqual(set(network_tasks(rqdata)), {("/r.bb:do_listtasks", False), ("/r.bb:do_deploy", True)})
 
     def test_cache_without_the_flag(self):
         rqdata = self.rqdata({"do_fetch": "1"})
@@ -270,7 +277,7 @@ class UIHelperTest(unittest.TestCase):
         helper = bb.ui.uihelper.BBUIHelper()
         slots.acquire("a:do_fetch")
         for used in (1, 0):
-            stats.updateNetwork(slots)
+            slots.update(stats)
             helper.eventHandler(self.event(stats))
             self.assertEqual((helper.network_used, helper.network_limit), (used, 2))
             slots.release("a:do_fetch")
@@ -278,8 +285,6 @@ class UIHelperTest(unittest.TestCase):
     def test_older_event_log(self):
         # Pickled by a version whose RunQueueStats have no such attributes
         stats = bb.runqueue.RunQueueStats(1, 0)
-        stats.__dict__.pop("network_used", None)
-        stats.__dict__.pop("network_limit", None)
         helper = bb.ui.uihelper.BBUIHelper()
         helper.eventHandler(self.event(stats))
         self.assertIsNone(helper.network_limit)

@@ -45,7 +45,7 @@ class PresenceTest(ConnectionsTest):
         rqdata = types.SimpleNamespace(runtaskentries=self.hashes)
         rqdata.cooker = types.SimpleNamespace(databuilder=types.SimpleNamespace(mcdata=self.mcdata))
         self.connections = types.SimpleNamespace(server=self.server, reported=set(), settings=settings(self.d),
-                                                 report_pauses=lambda: None)
+                                                 report_hosts=lambda: None)
         return Presence(rqdata, self.connections)
 
     def mirrors(self, *lines):
