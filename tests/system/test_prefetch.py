@@ -194,7 +194,8 @@ class Counting:
 def test_order_and_window(window, threads, faulty_mirror, telling, patched_tree):
     """
     An object comes when all that depend on it have come: that is how setscene tasks become startable. Beyond
-    those which are being installed, no more than the window, or than one for each thread.
+    those which are being installed (one for each thread), no more than the window, and one for each thread that
+    could install it at once.
     """
     counting = Counting()
     build = counting.build = telling(
@@ -209,7 +210,7 @@ def test_order_and_window(window, threads, faulty_mirror, telling, patched_tree)
     wrong = {name: others for name, others in dependents(build).items()
              if any(place[other] > place[name] for other in others)}
     assert wrong == {}
-    assert max(counting.ahead) <= max(window, threads) + threads
+    assert max(counting.ahead) <= window + threads + threads
 
 
 # As openembedded-core's packages need virtual/fakeroot-native, which else comes late

@@ -154,6 +154,7 @@ def _build(dest, wheel, patched, base, digest, topics):
             done = patches.apply_to_plain_tree(work, base, topics=topics)
             made["applied"] = list(done.applied)
             made["not_applicable"] = list(done.not_applicable)
+        _write_shell_table(work)
         (work / STAMP).write_text(json.dumps(made, indent=1) + "\n")
         shutil.rmtree(dest, ignore_errors=True)
         work.rename(dest)
@@ -167,6 +168,15 @@ def _unpack(wheel, lib):
         archive.extractall(lib, [name for name in archive.namelist() if name.startswith("bb/")])
     if not (lib / "bb" / "runqueue.py").is_file():
         raise Problem("%s holds no bb package" % wheel.name)
+
+
+def _write_shell_table(tree):
+    """Whoever imports bb.codeparser first writes the table of its shell parser: not while others read the tree."""
+    done = subprocess.run([sys.executable, "-c", "import bb.codeparser"], cwd=tree / "lib", stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(tree / "lib"), "PYTHONDONTWRITEBYTECODE": "1"})
+    if done.returncode:
+        raise Problem("bb.codeparser cannot be imported: %s" % done.stdout.strip().splitlines()[-1])
 
 
 def _read_stamp(dest, digest):
