@@ -32,19 +32,19 @@ MOST_CONNECTIONS = 16
 Settings = collections.namedtuple("Settings", "enabled connections most_connections sources prefetch")
 
 def is_enabled(d):
-    """Return whether BB_CONNECTION_CACHE permits shared connections. Raises ValueError if its value is invalid."""
-    return bb.utils.to_boolean((d.getVar("BB_CONNECTION_CACHE") or "").strip() or None, True)
+    """Return whether BB_CONNECTION_CACHE permits shared connections. Raises ValueError, as settings()."""
+    value = d.getVar("BB_CONNECTION_CACHE") or ""
+    try:
+        return bb.utils.to_boolean(value.strip() or None, True)
+    except ValueError:
+        raise invalid("BB_CONNECTION_CACHE", value, '"0" or "1"') from None
 
 def settings(d):
     """
     Return the Settings from the datastore d. Raises ValueError with a message
     for the user, of one line.
     """
-    try:
-        enabled = is_enabled(d)
-    except ValueError:
-        raise invalid("BB_CONNECTION_CACHE", d.getVar("BB_CONNECTION_CACHE"), '"0" or "1"') from None
-
+    enabled = is_enabled(d)
     limit = number("BB_CONNECTION_CACHE_MAX", d.getVar("BB_CONNECTION_CACHE_MAX"), None, 1, 64)
     prefetch = number("BB_SETSCENE_PREFETCH", d.getVar("BB_SETSCENE_PREFETCH"), 64, 0, 1024)
 

@@ -21,7 +21,7 @@ setscene variant here.
     slots = NetworkSlots(presence)
     slots.prepare(d, rqdata)                # fatal error if the variable is invalid
     slots.remove_waiting(buildable, runs)   # for the scheduler
-    if slots.acquire(tid):
+    if slots.acquire(tid):                  # or acquire_setscene(tid)
         ...                                 # start the task
         slots.release(tid)                  # when it has ended, whatever its result
 """
@@ -34,7 +34,7 @@ from bb import networksettings
 
 logger = logging.getLogger("BitBake.RunQueue")
 
-# Seconds without a change after which the tasks that hold all slots are reported, since they may hang
+# Seconds after which a task that holds a slot is reported while others wait, since it may hang
 REPORT_AFTER = 60
 
 
@@ -71,13 +71,13 @@ class NetworkSlots:
         self._presence = presence
         self._tasks = set()
         self._setscene = set()
-        self._held = set()
+        # {task: time when it took its slot}
+        self._held = {}
         # Tasks that were refused a slot: while there is none, they are not examined again, since with thousands of them
         # this would take too long
         self._waiting = set()
-        # Time when a slot was last acquired or released, and whether its holders have been reported since
-        self._changed_at = 0
-        self._reported = False
+        # Tasks that have been reported since they took their slots
+        self._reported = set()
 
     def prepare(self, d, rqdata):
         """Read the limit and find the tasks that need a slot. An invalid limit is a fatal error."""
@@ -97,14 +97,20 @@ class NetworkSlots:
         return self.limit is not None and len(self._held) >= self.limit
 
     def waiting(self):
-        """Return the tasks that are known to wait for a slot. Reports tasks that hold all slots for long."""
+        """Return the tasks that are known to wait for a slot. Reports tasks that hold a slot for long."""
         if not self.full():
             return frozenset()
-        if self._waiting and not self._reported and time.monotonic() - self._changed_at > REPORT_AFTER:
-            self._reported = True
-            logger.info("All %d network slots have been in use for %d seconds by %s, other tasks are waiting",
-                        self.limit, REPORT_AFTER, ", ".join(sorted(tid + "_setscene" if tid in self._setscene else tid for tid in self._held)))
+        if self._waiting:
+            self._report_holders()
         return self._waiting
+
+    def _report_holders(self):
+        now = time.monotonic()
+        slow = {tid for tid, since in self._held.items() if now - since > REPORT_AFTER} - self._reported
+        if slow:
+            self._reported |= slow
+            logger.info("Other tasks have to wait for the network slots of %s, which have been in use for %d seconds",
+                        ", ".join(sorted(tid + "_setscene" if tid in self._setscene else tid for tid in slow)), REPORT_AFTER)
 
     def remove_waiting(self, buildable, runs):
         """
@@ -113,7 +119,8 @@ class NetworkSlots:
         """
         if self.full():
             self._waiting.update(tid for tid in (buildable & self._tasks) - self._waiting if runs(tid))
-            buildable -= self.waiting()
+            # Of a task in _setscene, only the setscene variant waits
+            buildable -= self._tasks & self.waiting()
 
     def acquire(self, tid):
         """Take a slot for a normal task if it needs one. Returns False if the task has to wait."""
@@ -121,13 +128,15 @@ class NetworkSlots:
 
     def acquire_setscene(self, tid):
         """Take a slot for the setscene variant of tid if it needs one. Returns False if the task has to wait."""
-        return tid not in self._setscene or self._presence.is_local(tid) or self._acquire(tid)
+        if tid not in self._setscene or self._presence.is_local(tid):
+            self._waiting.discard(tid)
+            return True
+        return self._acquire(tid)
 
     def release(self, tid):
         """Release the slot of tid, if it holds one"""
-        if tid in self._held:
-            self._held.remove(tid)
-            self._note_change()
+        self._held.pop(tid, None)
+        self._reported.discard(tid)
 
     def update(self, stats):
         """Write the numbers for the user interface to the RunQueueStats stats"""
@@ -140,11 +149,6 @@ class NetworkSlots:
             self._waiting.add(tid)
             return False
         self._waiting.discard(tid)
-        self._held.add(tid)
-        self._note_change()
+        self._held.setdefault(tid, time.monotonic())
         self.peak = max(self.peak, len(self._held))
         return True
-
-    def _note_change(self):
-        self._changed_at = time.monotonic()
-        self._reported = False

@@ -17,17 +17,22 @@ modules import only from those below them; the error classes are in this file:
     pool.py             all hosts, and the cache of answers; PROTOCOLS
     host.py             one host: dispatches its requests (requestqueue.py), sorts the answers
     failures.py         retries. HTTPConnection.classify() makes a 503 a RefusedError, which
-                        refused() in here handles; diagnosis.py: file or host at fault?
-    connectionset.py    opens, fills and closes the connections of a host, whose number is
-                        decided in growth.py (do more help?) and health.py (refusals)
+                        refused() in here handles
+    diagnosis.py        file or host at fault? First asked about a 403 and other 5xx; its
+                        verdict comes to apply_verdict() in failures.py, and to health.py
+    connectionset.py    opens, fills and closes the connections of a host
+    growth.py           how many (do more help?), with health.py (refusals), and MAX_CONNECTIONS
+                        in pool.py for all hosts together; joined in Host._update_limit()
     pipelining.py       requests in flight on a connection; ratelimit.py: requests per second
     http.py, splice.py, sftp.py, ssh.py, connection.py (base class)     the protocols
-    s3.py, sigv4.py, awsconfig.py       S3, which is HTTP with signed requests
+    s3.py, sigv4.py, awsconfig.py       S3, which is HTTP (http.py) with signed requests
     request.py          a request with its URL and route, and its answer
 
 A new protocol needs a subclass of connection.Connection and a coroutine that opens
-it in PROTOCOLS, its URLs and routes in request.py, and supports(), environment() and
-describe_mirror() in fetch2/shared.py.
+it in PROTOCOLS (or, with a state of its own, in bb.sharedconnections, as S3); URL,
+DEFAULT_PORTS, _origin_and_route() and redirect() in request.py; supports(),
+environment(), describe_mirror() and request_url() in fetch2/shared.py; and what
+configures its fetcher in FETCHER_SETTINGS in presence.py.
 """
 
 
@@ -110,6 +115,7 @@ class DestinationError(ConnectionCacheError):
 
 
 class Cancelled(ConnectionCacheError):
+    """The request was given up on this side"""
     kind = "cancelled"
 
     def __init__(self, message="the answer is no longer needed"):

@@ -85,8 +85,8 @@ class Growth:
 
     def restrict(self, limit=None):
         """
-        Never again exceed the usual number of connections, after a refusal; nor limit, if the server seems to serve no
-        more connections than that at a time, but not less than half of the usual number.
+        Never again exceed the usual number of connections, after a refusal. If the server seems to serve no more than
+        limit connections at a time, lower the usual number to that, in each call by half at most.
         """
         self._usual = min(self._usual, max(limit or self._usual, self._usual // 2))
         self.limit = self._most = self._usual

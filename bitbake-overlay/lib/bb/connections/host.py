@@ -153,7 +153,7 @@ class Host:
             self.growth.pause()
 
     def limit_connections(self, number=None):
-        """Permit at most this number of connections for the rest of the build, or the usual one"""
+        """Permit this number of connections, or the usual one, for the rest of the build: see Growth.restrict()"""
         self.growth.restrict(number)
         self.health.set_most(min(self.health.most, self.growth.limit))
 

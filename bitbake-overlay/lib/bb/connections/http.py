@@ -99,7 +99,7 @@ async def _tunnel(loop, origin, route):
                 raise ConnectionError("closed by the proxy")
             answer += data.decode("iso-8859-1")
         match = STATUS.match(answer)
-        status = match[2] if match else "nonsense"
+        status = match[2] if match else "an invalid answer"
         if status[0] != "2":
             raise ConnectError("proxy %s answered %s to CONNECT" % (host, status), status in ("502", "503", "504"))
         if not answer.endswith("\r\n\r\n"):
@@ -164,6 +164,9 @@ class HTTPConnection(Connection):
     @staticmethod
     def classify(request, response):
         status, headers, _ = response
+        if request.dropped_authorization and status in (401, 403):
+            # The fetcher sends the credentials to the other host as well
+            return None, StatusError("%s: status %s after a redirect to another host" % (redact(request.url), status), status)
         if status in REFUSED or status >= 400 and status not in ABSENT and "retry-after" in headers:
             return None, RefusedError("%s: status %s" % (redact(request.url), status), retry_after(headers))
         if status in REDIRECTS and headers.get("location"):
@@ -273,8 +276,8 @@ class HTTPConnection(Connection):
         else:
             odd = response.length not in (None, request.size) or response.validators != request.validators
         if odd:
-            raise InconsistentAnswer("%s: status %s and %s bytes, the answer to HEAD was %s bytes" %
-                               (redact(request.url), response.status, response.length, request.size))
+            raise InconsistentAnswer("%s: the answer (status %s, %s bytes) may belong to another request" %
+                                     (redact(request.url), response.status, response.length))
 
     def _read_body(self, request, response):
         """Returns the Response with the length of the body, and whether its end is known, so that another answer can follow"""

@@ -27,7 +27,7 @@ from bb.connections.request import Request, last_modified, unwritable
 
 # Number of peers, and of files: select() in server/process.py, in the same process, supports only 1024 descriptors
 MAX_OPEN = 128
-# Number of processes that wait to be accepted; they give up after protocol.SILENCE_SECONDS
+# Number of processes that wait to be accepted; one that waits for protocol.SILENCE_SECONDS fetches without the server
 BACKLOG = 1024
 # Bytes in the send buffer of a peer, including the kernel's overhead: more than a hundred messages
 MAX_OUTPUT = 64 * 1024

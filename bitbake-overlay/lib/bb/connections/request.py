@@ -115,7 +115,7 @@ class Request:
                  "fresh", "recheck", "probe", "exclusive", "received", "sent", "url", "origin", "target", "route", "key",
                  "original_method", "size", "validators", "attempts", "refusals", "recoveries_before", "redirects",
                  "refused_head", "answers_before", "before_redirects",
-                 "connection")
+                 "dropped_authorization", "connection")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, empty=False):
         # method becomes GET if the server refuses a HEAD
@@ -140,6 +140,8 @@ class Request:
         self.answers_before = None
         # URL and authorization before skip_redirects()
         self.before_redirects = None
+        # Whether a redirect led to another origin, which is not sent the credentials
+        self.dropped_authorization = False
         self._set_url(url)
         # Key of the answer in the pool's cache, which redirects do not change
         self.key = (authorization, self.route), url
@@ -175,8 +177,9 @@ class Request:
         if before[:3] == self.origin[:3]:
             # With the same user, which is part of an origin
             self.origin = before
-        else:
+        elif self.authorization:
             self.authorization = None
+            self.dropped_authorization = True
         self.redirects += 1
 
     def skip_redirects(self, target):
@@ -190,6 +193,7 @@ class Request:
         self.before_redirects = None
         self._set_url(url)
         self.authorization = authorization
+        self.dropped_authorization = False
         self.redirects = 0
 
     @property

@@ -39,9 +39,9 @@ STOP_TIMEOUT = 10
 MAX_DELAY = 0.05
 # Number of undelivered answers from which on they are not delayed
 MAX_DELAYED = 24
-# Seconds between switches of threads while no bodies are received: the interpreter's default
+# Seconds between switches of threads while nothing is fetched for this process: the interpreter's default
 USUAL_SWITCH_INTERVAL = sys.getswitchinterval()
-# The same in seconds while bodies are received; see _count_bodies()
+# The same in seconds while files are fetched for it; see _count_bodies()
 SWITCH_INTERVAL = 0.001
 
 # Servers that run in this process
@@ -106,7 +106,7 @@ class ConnectionServer:
         self._thread = None
         # The error of requests that are unanswered when the thread ends
         self._error = Cancelled("the build has ended")
-        # {request: answered} without an answer
+        # Both threads change these; each operation is atomic in CPython. {request: answered} without an answer.
         self._open = {}
         # [(request, answered, response, error)] to be delivered
         self._answers = collections.deque()
@@ -227,7 +227,7 @@ class ConnectionServer:
 
     def _count_bodies(self, change):
         """
-        While bodies are received, switch between threads more often: each write to a file releases the interpreter's
+        While files are fetched for this process (not for tasks), switch between threads more often: each write to a file releases the interpreter's
         lock, and if another thread computes, the event loop waits for a switch interval to get it back.
         """
         self._bodies += change

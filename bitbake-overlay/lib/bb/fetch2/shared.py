@@ -81,7 +81,8 @@ def download(ud, d):
         if answer is None:
             return False
         if answer.status != 200:
-            raise bb.fetch2.FetchError("No such file on the server, or no answer (status %s)" % answer.status, redact(ud.url))
+            reason = "No such file on the mirror" if answer.status in ABSENT else "The mirror has refused or not answered"
+            raise bb.fetch2.FetchError("%s (status %s)" % (reason, answer.status), redact(ud.url))
         if not os.path.getsize(path):
             raise bb.fetch2.FetchError("The file is empty", redact(ud.url))
         if not has_expected_magic(path, ud.localpath):
@@ -141,7 +142,7 @@ def has_expected_magic(path, name):
     return magic == ZSTD_FRAME or magic & ~0xf == ZSTD_SKIPPABLE_FRAME
 
 def warn_unexpected_content(scheme, host):
-    bb.warnonce("Sstate mirror %s://%s has returned something else than sstate objects, ignoring it" % (scheme, host))
+    bb.warnonce("Sstate mirror %s://%s has returned files that are not sstate objects, treating them as missing" % (scheme, host))
 
 def _usable(ud, d):
     if not d.getVar(ADDRESS) or not supports(ud, d):
@@ -151,8 +152,12 @@ def _usable(ud, d):
 
 def supports(ud, d):
     """Return whether the user's settings allow fetching ud over shared connections"""
-    if not is_enabled(d):
-        return False
+    try:
+        if not is_enabled(d):
+            return False
+    except ValueError as e:
+        # In a recipe or a multiconfig: that of the configuration is checked before the build
+        bb.fatal("%s: %s" % (d.getVar("FILE"), e))
     if ud.type == "az" and not (d.getVar("AZ_SAS") or "?").startswith("?"):
         # The fetcher reports it
         return False

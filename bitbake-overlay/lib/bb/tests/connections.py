@@ -217,6 +217,12 @@ class HTTPTest(ConnectionsTest):
         for targets in (["/5"] * 11, ["file:///etc/passwd"]):
             _, error = self.redirect("HEAD", *targets)
             self.assertEqual(error.status, 302)
+        # The fetcher sends the credentials to the other host, which may have the file
+        for method in ("HEAD", "GET"):
+            other.answers = [answer("401 Unauthorized; Content-Length: 0")]
+            _, error = self.redirect(method, other.url + "/5")
+            self.assertEqual(error.status, 401)
+        self.assertEqual(self.redirect("HEAD", "/status/401")[1], (401, 2))
 
 
 class PoolTest(ConnectionsTest):
@@ -517,6 +523,12 @@ class FetchTest(ConnectionsTest):
                 d.setVar(name, value)
                 self.assertIsNone(self.found(mirror.url + "/5", d))
         self.assertEqual(mirror.requests, [])
+
+    def test_invalid_setting_of_a_recipe(self):
+        self.d.setVar("BB_CONNECTION_CACHE", "perhaps")
+        with self.assertRaises(bb.BBHandledException), self.assertLogs("BitBake", "CRITICAL") as logs:
+            self.found("http://localhost/5")
+        self.assertIn('Invalid value "perhaps" for BB_CONNECTION_CACHE', logs.output[0])
 
     def test_download(self):
         mirror = self.mirror()

@@ -152,6 +152,34 @@ class SlotsTest(unittest.TestCase):
         self.assertEqual(slots.waiting(), set())
         self.assertIn("b:do_fetch", left())
 
+    def test_setscene_variants_hide_no_tasks(self):
+        slots = Slots(1, tasks=["a:do_fetch"], setscene=["p:do_package"])
+        slots.acquire("a:do_fetch")
+        self.assertFalse(slots.acquire_setscene("p:do_package"))
+        # Its setscene variant waits or has been given up; the task itself needs no slot
+        buildable = {"p:do_package"}
+        slots.remove_waiting(buildable, lambda tid: True)
+        self.assertEqual(buildable, {"p:do_package"})
+
+    def test_report(self):
+        slots = Slots(2, tasks=["a:do_fetch", "b:do_fetch", "c:do_fetch"], setscene=["p:do_package"])
+        with unittest.mock.patch("time.monotonic") as monotonic, self.assertLogs("BitBake.RunQueue", "INFO") as logs:
+            monotonic.return_value = 0
+            slots.acquire("a:do_fetch")
+            slots.acquire_setscene("p:do_package")
+            # No task waits
+            monotonic.return_value = 100
+            slots.waiting()
+            slots.release("p:do_package")
+            slots.acquire("b:do_fetch")
+            self.assertEqual(logs.output, [])
+            slots.acquire("c:do_fetch")
+            for now in (101, 120, 161, 200):
+                monotonic.return_value = now
+                slots.waiting()
+            self.assertEqual([name for line in logs.output for name in ("a:do_fetch", "b:do_fetch", "p:do_package") if name in line],
+                             ["a:do_fetch", "b:do_fetch"])
+
     def test_model(self):
         """Random sequences, compared with a plain list"""
         for seed in range(20):
@@ -193,7 +221,7 @@ class SlotsTest(unittest.TestCase):
                 # A task may be reported twice, for example if a worker dies
                 slots.release(tid)
             elif what == "choose":
-                buildable = set(rand.sample(normal + free, 8)).difference(running)
+                buildable = set(rand.sample(normal + setscene + free, 8)).difference(running)
                 expected = set(buildable)
                 if len(holders) == limit:
                     expected -= set(normal) - done
@@ -285,6 +313,7 @@ class UIHelperTest(unittest.TestCase):
     def test_older_event_log(self):
         # Pickled by a version whose RunQueueStats have no such attributes
         stats = bb.runqueue.RunQueueStats(1, 0)
+        del stats.network_used, stats.network_limit
         helper = bb.ui.uihelper.BBUIHelper()
         helper.eventHandler(self.event(stats))
         self.assertIsNone(helper.network_limit)
