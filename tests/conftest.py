@@ -16,6 +16,11 @@ from netqueue import ROOT
 from netqueue.series.checkout import bitbake_version, oecore_version
 
 
+def pytest_collection_modifyitems(items):
+    """So that no long test is left when the other workers have nothing more to do"""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def checkout_from(variable, is_there, what):
     value = os.environ.get(variable)
     if not value:

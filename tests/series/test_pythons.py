@@ -95,6 +95,7 @@ def venv_of(version, tmp_path):
         return run([python, "-c", MAKE_VENV, ROOT / "scripts", place, *REQUIREMENTS], tmp_path).strip()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("folder", ["unit", "wire"])
 @pytest.mark.parametrize("version", WHOLE_TESTS)

@@ -66,6 +66,7 @@ class Banning:
             return HANDLED
 
 
+@pytest.mark.long
 def test_forbidden_for_a_while(faulty_mirror, mirror_files, make_build, patched_tree):
     """That is no absence."""
     banning = Banning()
@@ -109,6 +110,7 @@ def test_first_of_two_refuses(faulty_mirror, serve_nginx, links, mirror_files, m
     assert not any(request.method == "GET" for request in first.requests)
 
 
+@pytest.mark.long
 def test_away_for_a_while(faulty_mirror, mirror_files, make_build, patched_tree):
     """It is closed for 25 seconds while objects are fetched: that is waited for, and nothing is lost."""
     def fault(talk, request, body):

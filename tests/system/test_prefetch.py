@@ -114,8 +114,7 @@ def test_off(protocol, any_mirror, mirror_files, telling, patched_tree):
     assert server.counters().connections <= 4
 
 
-@pytest.mark.parametrize("umask", ["002", "027"])
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol, umask", [("http", "002"), ("https", "027"), ("sftp", "002"), ("sftp", "027")])
 def test_files_as_stock(protocol, umask, any_mirror, make_build, stock_tree, patched_tree):
     """The same names, contents and modes, and over http(s) times. Stock's query makes the folders otherwise."""
     server = any_mirror(protocol)
@@ -189,8 +188,7 @@ class Counting:
             self.ahead.append(len(self.order) - installed)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("window", [1, 2, 8])
+@pytest.mark.parametrize("window, threads", [(1, 1), (1, 3), (2, 3), (8, 3)])
 def test_order_and_window(window, threads, faulty_mirror, telling, patched_tree):
     """
     An object comes when all that depend on it have come: that is how setscene tasks become startable. Beyond

@@ -94,6 +94,7 @@ def test_one_connection(protocol, any_mirror, make_build, patched_tree):
     assert summary(result.output).connections == server.counters().connections == 1
 
 
+@pytest.mark.long
 def test_sftp_as_stock(any_mirror, make_build, stock_tree, patched_tree):
     """The same files with the same modes. sftp gives them the time at which they arrive."""
     server = any_mirror("sftp")
