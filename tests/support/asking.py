@@ -129,10 +129,10 @@ class Asking:
         assert self.stop(), "the thread has not ended"
 
 
-def wait_until(condition, what):
+def wait_until(condition, what, seconds=SECONDS):
     """For what can only be looked at, such as the kernel's view of a socket."""
     tick = threading.Event()
-    for _ in range(SECONDS * 200):
+    for _ in range(seconds * 200):
         if condition():
             return
         tick.wait(0.005)

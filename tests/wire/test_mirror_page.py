@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The configurations in scripts/mirror/ with the real servers: they take them, and a restore does what README.md there says."""
 
+import json
 import os
 import re
 import shutil
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from bb.connections import awsconfig
+from bb.connections.pool import PROTOCOLS
+from bb.connections.s3 import S3
 from netqueue import ROOT
 from netqueue.lab import sshd
 from support.asking import wait_until
+from support.objectstore import ObjectStore
 from support.realservers import APACHE_MODULES, APACHE_PROCESS, RealServer
-from wire.test_real_servers import PRESENT, REQUESTS, files, nginx, restore  # noqa: F401
+from wire.test_real_servers import ABSENT, PRESENT, REQUESTS, files, get_all, nginx, restore  # noqa: F401
 
 MIRROR = ROOT / "scripts" / "mirror"
 README = (MIRROR / "README.md").read_text()
@@ -244,6 +249,78 @@ def test_sftp_without_penalties(files, chroot, make_asking):
                                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30).returncode == 255
         environment = {"PATH": "%s:%s" % (server.tools, os.environ["PATH"]), "HOME": os.environ.get("HOME", "/")}
         restore(make_asking, server.url.replace(str(chroot), "/sstate"), files, environment)
+
+
+# An object store
+
+class Bucket:
+    """The bucket sstate in an object store with the files, and who owns it"""
+
+    def __init__(self, store, files):
+        self.url = "%s/sstate" % store.url
+        self.files = files
+        self.owner = store.user("owner")
+        self.shell("aws s3api create-bucket --bucket sstate")
+        self.shell("aws s3 cp --quiet --recursive %s s3://sstate" % files.folder)
+
+    def shell(self, command, returncode=0):
+        """A command of the owner, in the folder with the policy. Returns what it said."""
+        done = subprocess.run(command, shell=True, cwd=MIRROR, env=self.owner, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, timeout=120)
+        assert done.returncode == returncode, done.stdout
+        return done.stdout
+
+    def put_policy(self, folder, change):
+        """That of scripts/mirror/, with each statement changed by a function that returns whether it stays."""
+        policy = json.loads((MIRROR / "s3-policy.json").read_text())
+        policy["Statement"] = [statement for statement in policy["Statement"] if change(statement)]
+        (folder / "policy.json").write_text(json.dumps(policy))
+        self.shell("aws s3api put-bucket-policy --bucket sstate --policy file://%s/policy.json" % folder)
+
+    def statuses(self, asking, url=None, environment=None):
+        """Of HEADs of a file that there is, and of one that there is not"""
+        return [one.status() for one in asking.one_by_one(
+            "HEAD", ["%s/%s" % (url or self.url, name) for name in (next(iter(self.files.contents)), "absent")], environment)]
+
+
+@pytest.fixture
+def store():
+    with ObjectStore() as store:
+        yield store
+
+
+def test_object_store(files, store, make_asking, tmp_path):
+    """README.md's commands on a bucket that is as AWS makes it"""
+    bucket = Bucket(store, files)
+    bucket.shell("aws s3api put-public-access-block --bucket sstate --public-access-block-configuration BlockPublicPolicy=true")
+    unblock, policy, lifecycle = section("An object store")
+    bucket.shell(policy, returncode=255)
+    assert bucket.statuses(make_asking()) == [403, 403]
+    for command in (unblock, policy, lifecycle):
+        bucket.shell(command)
+    assert "old objects" in bucket.shell("aws s3api head-object --bucket sstate --key %s --query Expiration" % largest(files))
+    # What is absent is answered with 404
+    assert restored(make_asking, bucket, files).count("connections") <= 16
+
+    bucket.put_policy(tmp_path, lambda statement: statement["Action"] != "s3:ListBucket")
+    asking = make_asking()
+    assert bucket.statuses(asking) == [200, 403]
+    names = [*files.contents, *("absent%d" % number for number in range(ABSENT))]
+    asked = asking.ask("HEAD", ["%s/%s" % (bucket.url, name) for name in names])
+    assert [one.status() for one in asked] == [200 if name in files.contents else 403 for name in names]
+    assert asking.count("requests") > len(names) + 2
+
+
+def test_object_store_of_a_user(files, store, make_asking, tmp_path):
+    """As README.md says, with a Principal in place of everybody"""
+    bucket = Bucket(store, files)
+    builder = store.user("builder")
+    builder[awsconfig.KEYS_HASH] = awsconfig.keys_hash(builder)
+    bucket.put_policy(tmp_path, lambda statement: statement.update(Principal={"AWS": "arn:aws:iam:::user/builder"}) is None)
+    asking = make_asking(protocols={**PROTOCOLS, "s3": S3(builder).protocol})
+    assert bucket.statuses(asking) == [403, 403]
+    assert bucket.statuses(asking, "s3://sstate", builder) == [200, 404]
+    get_all(asking, "s3://sstate", files, builder)
 
 
 # What their logs tell of limits
