@@ -234,19 +234,26 @@ def test_sftp(files, chroot, make_asking):
         wait_until(lambda: server.counters().dropped == 0, "no login was dropped")
 
 
-def test_sftp_without_penalties(files, chroot, make_asking):
-    """OpenSSH before 9.8 does not know them"""
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not-named"])
+def test_sftp_without_penalties(files, chroot, make_asking, named):
+    """OpenSSH before 9.8 does not know them. A network that is not named is banned."""
     version = re.match(r"OpenSSH (\d+)\.(\d+)", sshd._version())
     if tuple(map(int, version.groups())) < (9, 8):
         pytest.skip("this is %s, which has no penalties" % sshd._version())
     text = (MIRROR / "sshd_config-penalties").read_text()
     assert "192.0.2.0/24" in text
-    extra = text.replace("192.0.2.0/24", "127.0.0.0/8") + sshd_config(chroot)
-    with sshd.serve(chroot, extra=extra) as server:
-        bad = sshd.make_tools(server.work / "bad", known_hosts=server.work / "known_hosts")
+    if named:
+        text = text.replace("192.0.2.0/24", "127.0.0.0/8")
+    with sshd.serve(chroot, extra=text + sshd_config(chroot)) as server:
+        sshd.make_key(server.work / "other_key")
+        bad = sshd.make_tools(server.work / "bad", server.work / "other_key", server.work / "known_hosts")
         for _ in range(8):
             assert subprocess.run([bad / "ssh", "-p", str(server.port), "-o", "BatchMode=yes", "127.0.0.1", "true"],
                                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30).returncode == 255
+        if not named:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
+                assert not sock.recv(99).startswith(b"SSH-")
+            return
         environment = {"PATH": "%s:%s" % (server.tools, os.environ["PATH"]), "HOME": os.environ.get("HOME", "/")}
         restore(make_asking, server.url.replace(str(chroot), "/sstate"), files, environment)
 
