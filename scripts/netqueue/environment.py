@@ -80,27 +80,32 @@ def install_optional(venv, requirements, say=print):
 
 def _make_venv(venv):
     command = [sys.executable, "-m", "venv", "--clear", str(venv)]
-    if _run(command) == 0:
+    output = []
+    if _run(command, output) == 0:
         return
     # Debian has ensurepip in a package of its own, named after the version.
     packages = ["python3-venv"]
     if sys.executable.startswith("/usr/bin/"):
         packages.append("python%d.%d-venv" % sys.version_info[:2])
-    if apt_install(*packages) and _run(command) == 0:
+    if apt_install(*packages) and _run(command, output) == 0:
         return
-    raise Problem("%s cannot make a venv: install the package python3-venv" % sys.executable)
+    why = "install the package python3-venv" if "ensurepip is not" in "".join(output) else last_line(output)
+    raise Problem("%s cannot make a venv: %s" % (sys.executable, why))
 
 
 def pip_install(python, arguments):
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     output = []
     if _run(command + arguments, output):
-        # What it says at last is that there is no such package
-        unreachable = re.search(r"connection broken by '(.*)': /", "\n".join(output))
-        if unreachable:
-            why = re.sub(r"^\w+\(.*>: |['\"]?\)$", "", unreachable.group(1))
-            raise Problem("pip cannot reach the package registry: %s" % why)
-        raise Problem("pip install failed: %s" % _last_line(output))
+        raise Problem(unreachable_registry(output) or "pip install failed: %s" % last_line(output))
+
+
+def unreachable_registry(output):
+    """That pip could not reach the registry, and why; None if it could. At last it says that there is no such package."""
+    found = re.search(r"connection broken by '(.*)': /", "\n".join(output))
+    if not found:
+        return None
+    return "pip cannot reach the package registry: %s" % re.sub(r"^\w+\(.*>: |['\"]?\)$", "", found.group(1))
 
 
 def ensure_program(name, package, say=print):
@@ -188,6 +193,6 @@ def _run(command, output=None):
     return done.returncode
 
 
-def _last_line(output):
+def last_line(output):
     lines = "\n".join(output).strip().splitlines()
     return lines[-1] if lines else "it said nothing"

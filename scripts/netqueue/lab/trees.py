@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import List, Optional
 
 from netqueue import ROOT, Problem
+from netqueue.environment import last_line, unreachable_registry
 from netqueue.series import git, overrides, patches
 
 BASES = ROOT / "patches" / "bases.json"
@@ -136,9 +137,8 @@ def _pip_download(package, cache):
     except subprocess.TimeoutExpired as error:
         raise Problem("%(name)s %(version)s: the download took too long" % package) from error
     if done.returncode:
-        lines = done.stdout.strip().splitlines() or ["pip said nothing"]
-        raise Problem("%s %s could not be downloaded: %s"
-                      % (package["name"], package["version"], lines[-1]))
+        raise Problem(unreachable_registry([done.stdout]) or "%s %s could not be downloaded: %s"
+                      % (package["name"], package["version"], last_line([done.stdout])))
 
 
 def _build(dest, wheel, patched, base, digest, topics):
