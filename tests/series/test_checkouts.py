@@ -170,7 +170,11 @@ def test_some_topics(bitbake_checkout, oecore_checkout, tmp_path, base, topics, 
     assert done.stdout.splitlines()[-1] == "variables: " + variables
     subjects = git(trees[0], "log", "--format=%s", BASES[base]["bitbake"]["commit"] + "..").splitlines()
     assert len(subjects) == len(load_series(base, "bitbake", topics=parse_topics(topics)))
-    assert run("apply", tmp_path, "--topics", topics, "--reverse", project=ROOT).returncode == 0
+    # openembedded-core has none of some topics
+    for tree in [tree for tree in trees if git(tree, "branch", "--list", "netqueue")]:
+        done = run("apply", tree, "--reverse", project=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert tree != trees[0] or "%s: %d patches taken out" % (tree, len(subjects)) in done.stdout
     assert [state(tree) for tree in trees] == before
 
 

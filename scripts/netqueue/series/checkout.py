@@ -338,7 +338,9 @@ def check_reverse(target):
         raise Problem("%s: the branch %s is no longer what scripts/apply made: it is left as it is" % (repo, BRANCH))
     check_state(repo)
     back = came_from if came_from != start else "the commit " + start[:12]
-    return "%s: %s taken out, back on %s" % (repo, _counts(target), back)
+    # There may be some topics only
+    count = git(repo, "rev-list", "--count", "%s..%s" % (start, head)).strip()
+    return "%s: %s patches taken out, back on %s" % (repo, count, back)
 
 
 def _check_patches_out(part):
