@@ -253,6 +253,7 @@ def test_sftp_without_penalties(files, chroot, make_asking, named):
         if not named:
             with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
                 assert not sock.recv(99).startswith(b"SSH-")
+            wait_until(lambda: told_as("PerSourcePenalties") in server._log(), "it is logged")
             return
         environment = {"PATH": "%s:%s" % (server.tools, os.environ["PATH"]), "HOME": os.environ.get("HOME", "/")}
         restore(make_asking, server.url.replace(str(chroot), "/sstate"), files, environment)
@@ -389,3 +390,4 @@ def test_limit_of_sshd(files):
         for _ in range(3):
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
         wait_until(lambda: told_as("MaxStartups") in server._log(), "it is logged")
+        assert told_as("PerSourcePenalties") not in server._log()

@@ -105,6 +105,10 @@ def serve(directory, address="127.0.0.1", extra="", log=True):
     lacking = missing()
     if lacking:
         raise Problem("%s is not installed" % lacking)
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError as error:
+        raise Problem("ssh needs an entry in /etc/passwd for the user %d" % os.geteuid()) from error
     work = Path(tempfile.mkdtemp(prefix="netqueue-sshd-"))
     mirror = None
     try:
