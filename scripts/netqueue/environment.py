@@ -71,7 +71,8 @@ def install_optional(venv, requirements, say=print):
     say("Installing %s into %s" % (Path(requirements).name, venv))
     failure = ""
     try:
-        pip_install(Path(venv) / "bin" / "python", ["--require-hashes", "--requirement", str(requirements)])
+        # The files name all that is needed, and of some packages not all that these ask for
+        pip_install(Path(venv) / "bin" / "python", ["--require-hashes", "--no-deps", "--requirement", str(requirements)])
     except Problem as problem:
         failure = str(problem)
     stamp.write_text("%s %s" % (wanted, failure))

@@ -16,17 +16,15 @@ HOME, and a folder for PATH whose aws counts how often it is started.
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from netqueue import Problem
 from netqueue.lab.mirror import serve as serve_http
 from netqueue.lab.nginx import find_nginx
-from netqueue.lab.serverprocess import PORT_ATTEMPTS, START_SECONDS, die_with_parent, end, free_port
+from netqueue.lab.serverprocess import PORT_ATTEMPTS, die_with_parent, end, free_port, listens
 
 BUCKET = "sstate"
 KEYS = ("AKIANETQUEUE00000001", "netqueue/secret+of+the+demo")
@@ -95,20 +93,11 @@ class Rclone:
                 command += ["--auth-key", ",".join(pair)]
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                             stderr=subprocess.DEVNULL, preexec_fn=die_with_parent)
-            if self._is_ready(port):
+            if listens(self.process, port):
                 self.port = port
                 return
             self.stop()
         raise Problem("rclone does not start: %s" % (self.log.read_text().strip().splitlines() or ["no message"])[-1])
-
-    def _is_ready(self, port):
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with socket.socket() as sock:
-                if sock.connect_ex(("127.0.0.1", port)) == 0:
-                    return True
-            time.sleep(0.02)
-        return False
 
     def stop(self):
         if self.process is not None:
@@ -119,12 +108,13 @@ class Rclone:
 class S3Mirror:
     """
     nginx is one of nginx.py, in front of rclone. url is that of a bucket; home_files, {path below HOME: text}, the
-    configuration of aws; tools a folder for PATH. counters(), requests() and reset() are those of nginx.
+    configuration of aws; tools a folder for PATH. counters(), requests() and reset() are those of nginx. aws: the
+    program, unless it is the installed one.
     """
     # That of nginx is in the configuration of aws
     ca_file = None
 
-    def __init__(self, nginx, rclone, work, bucket, keys):
+    def __init__(self, nginx, rclone, work, bucket, keys, aws=None):
         self.nginx = nginx
         self.rclone = rclone
         self.url = "s3://" + bucket
@@ -134,7 +124,7 @@ class S3Mirror:
         self.tools = work / "tools"
         self.tools.mkdir()
         program = self.tools / "aws"
-        program.write_text(AWS % (self._calls, find("aws")))
+        program.write_text(AWS % (self._calls, aws or find("aws")))
         program.chmod(0o755)
         self.home_files = {}
         self.configure(keys)

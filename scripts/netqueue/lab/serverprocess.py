@@ -7,7 +7,8 @@ Called by nginx.py, sshd.py and the servers of the tests.
     for _ in range(PORT_ATTEMPTS):
         port = free_port()
         process = subprocess.Popen([...], preexec_fn=die_with_parent)
-        ...
+        if listens(process, port):
+            ...
     end(process)
 """
 
@@ -15,6 +16,7 @@ import ctypes
 import signal
 import socket
 import subprocess
+import time
 
 # Seconds until a server listens, and until it has ended
 START_SECONDS = 10
@@ -36,6 +38,17 @@ def die_with_parent():
     """For preexec_fn: the process gets SIGTERM when the thread that started it ends."""
     # Only a plain kernel call between fork and exec: a caller may have threads.
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def listens(process, port):
+    """Wait until process accepts connections at port. False if it ends instead, or takes longer than START_SECONDS."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        time.sleep(0.02)
+    return False
 
 
 def end(process):
