@@ -148,7 +148,7 @@ class Host:
         if waiting and self.health.limit == self.health.most:
             arrived = self.connections.arrived + sum(connection.arrived for connection in self.connections.established)
             self.health.set_most(self.growth.update(now, self.connections.size, self.pipelining.depth, arrived, self.health.answers,
-                                                waiting))
+                                                 waiting))
         else:
             self.growth.pause()
 

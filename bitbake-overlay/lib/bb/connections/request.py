@@ -114,8 +114,7 @@ class Request:
     __slots__ = ("method", "environment", "verify", "authorization", "fd", "empty", "done", "context", "cancelled", "first",
                  "fresh", "recheck", "probe", "exclusive", "received", "sent", "url", "origin", "target", "route", "key",
                  "original_method", "size", "validators", "attempts", "refusals", "recoveries_before", "redirects",
-                 "refused_head", "answers_before", "before_redirects",
-                 "dropped_authorization", "connection")
+                 "refused_head", "answers_before", "before_redirects", "dropped_authorization", "connection")
 
     def __init__(self, method, url, environment, verify=True, authorization=None, fd=None, empty=False):
         # method becomes GET if the server refuses a HEAD
