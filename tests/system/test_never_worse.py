@@ -36,8 +36,8 @@ def test_page_for_everything(faulty_mirror, make_build, patched_tree):
     assert result.returncode == 0
     assert build.restored() == [] and names(build.sstate) == []
     told = problems(result.output)
-    assert told.count("WARNING: Sstate mirror http://127.0.0.1 has returned something else than sstate objects, "
-                      "ignoring it") == 1
+    assert told.count("WARNING: Sstate mirror http://127.0.0.1 has returned files that are not sstate objects, "
+                      "treating them as missing") == 1
     assert not any(line.startswith("ERROR") for line in told)
 
 

@@ -83,9 +83,10 @@ def test_right_answers_are_checked_by_a_sample(query):
             answer(talk, request)
     there, found = query(script, 1000)
     assert found == set(range(0, 1000, 2))
-    # One more is the trial of pipelining
+    # One more is the trial of pipelining, with a file that may be in the sample, too
     assert len(there.requests) == 1000 + SAMPLE + 1
-    assert max(collections.Counter(there.targets).values()) == 2
+    times = collections.Counter(collections.Counter(there.targets).values())
+    assert times in ({1: 1000 - SAMPLE - 1, 2: SAMPLE + 1}, {1: 1000 - SAMPLE, 2: SAMPLE - 1, 3: 1})
 
 
 def test_few_files_are_not_checked(query):
