@@ -11,7 +11,6 @@ A program that is not installed skips the test.
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import uuid
@@ -20,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from netqueue.lab.s3server import find
-from netqueue.lab.serverprocess import PORT_ATTEMPTS, die_with_parent, end, free_port
+from netqueue.lab.serverprocess import die_with_parent, end, free_port
 from support.asking import wait_until
+from support.realservers import Started
 
 SECONDS = 60
 CONF = """
@@ -59,7 +59,9 @@ rgw_thread_pool_size = 16
 """
 
 
-class ObjectStore:
+class ObjectStore(Started):
+    program = "the object store"
+
     def __init__(self):
         for program in ("ceph-mon", "ceph-osd", "radosgw"):
             if not shutil.which(program):
@@ -73,21 +75,6 @@ class ObjectStore:
     @property
     def url(self):
         return "http://127.0.0.1:%d" % self.port
-
-    def __enter__(self):
-        try:
-            for _ in range(PORT_ATTEMPTS):
-                if self._start():
-                    return self
-                self.stop()
-            raise AssertionError("the object store does not start: %s" % (self.work / "output").read_text()[-2000:])
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *exc):
-        self.stop()
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def _start(self):
         for name in ("mon", "osd", "rgw"):
@@ -105,13 +92,12 @@ class ObjectStore:
         self._run("ceph", "osd", "new", (self.work / "osd" / "fsid").read_text().strip(), "0")
         self._serve("ceph-osd", "--id", "0")
         self._serve("radosgw", "--name", "client.rgw.a")
-        wait_until(lambda: any(process.poll() is not None for process in self.processes) or self._is_ready(),
+        wait_until(lambda: any(process.poll() is not None for process in self.processes) or self.is_ready(),
                    "the gateway listens", SECONDS)
         return all(process.poll() is None for process in self.processes)
 
-    def _is_ready(self):
-        with socket.socket() as sock:
-            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+    def output(self):
+        return (self.work / "output").read_text(errors="replace")
 
     def _run(self, program, *arguments):
         done = subprocess.run([program, "--conf", str(self.work / "conf"), *arguments], stdin=subprocess.DEVNULL, text=True,

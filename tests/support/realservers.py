@@ -16,7 +16,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from netqueue.lab import sshd
-from netqueue.lab.serverprocess import PORT_ATTEMPTS, die_with_parent, end, free_port
+from netqueue.lab.serverprocess import PORT_ATTEMPTS, accepts, die_with_parent, end, free_port
 from support.asking import wait_until
 
 SYSTEM_PATH = ":/usr/sbin:/usr/local/sbin:/sbin"
@@ -47,7 +46,32 @@ def user():
     return entry.pw_name, grp.getgrgid(entry.pw_gid).gr_name
 
 
-class RealServer:
+class Started:
+    """
+    A context in which a program runs, at a port that was free, with a folder work of its own. A subclass has program for
+    messages, _start(), which returns whether it runs, output() and stop().
+    """
+
+    def __enter__(self):
+        try:
+            for _ in range(PORT_ATTEMPTS):
+                if self._start():
+                    return self
+                self.stop()
+            raise AssertionError("%s does not start: %s" % (self.program, self.output()[-2000:]))
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *exception):
+        self.stop()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def is_ready(self):
+        return accepts(self.port)
+
+
+class RealServer(Started):
     """
     A program with the configuration CONFIG, in which %(work)s is its folder, %(root)s what it serves, %(port)d its port
     and %(extra)s what the test adds. LOG, if it has one, has a line for each request that begins with the client's port.
@@ -74,17 +98,6 @@ class RealServer:
     def url(self):
         return "%s://127.0.0.1:%d" % (self.scheme, self.port)
 
-    def __enter__(self):
-        try:
-            for _ in range(PORT_ATTEMPTS):
-                if self._start():
-                    return self
-                self.stop()
-            raise AssertionError("%s does not start: %s" % (self.program, self.output()[-2000:]))
-        except BaseException:
-            self.__exit__()
-            raise
-
     def _start(self):
         self.port = self.values["port"] = free_port()
         (self.work / "conf").write_text(self.CONFIG % self.values)
@@ -94,10 +107,6 @@ class RealServer:
                                             preexec_fn=die_with_parent)
         wait_until(lambda: self.process.poll() is not None or self.is_ready(), "%s listens" % self.program)
         return self.process.poll() is None
-
-    def is_ready(self):
-        with socket.socket() as sock:
-            return sock.connect_ex(("127.0.0.1", self.port)) == 0
 
     def output(self):
         """What it has said, also into files"""
@@ -123,10 +132,6 @@ class RealServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process = None
-
-    def __exit__(self, *exception):
-        self.stop()
-        shutil.rmtree(self.work, ignore_errors=True)
 
 
 class Apache(RealServer):

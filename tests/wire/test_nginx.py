@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 
+from netqueue.lab.serverprocess import accepts
 from support.asking import wait_until
 
 CONFIG = """
@@ -55,8 +56,7 @@ class Nginx:
 
     def _accepts(self):
         assert self._process.poll() is None, (self.folder / "error.log").read_text()
-        with socket.socket() as sock:
-            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+        return accepts(self.port)
 
     def url(self, path):
         return "http://127.0.0.1:%s%s" % (self.port, path)

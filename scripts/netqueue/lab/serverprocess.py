@@ -40,13 +40,18 @@ def die_with_parent():
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def accepts(port):
+    """Whether a connection to port of this machine is accepted now"""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 def listens(process, port):
     """Wait until process accepts connections at port. False if it ends instead, or takes longer than START_SECONDS."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)) == 0:
-                return True
+        if accepts(port):
+            return True
         time.sleep(0.02)
     return False
 

@@ -176,7 +176,7 @@ def _write_shell_table(tree):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(tree / "lib"), "PYTHONDONTWRITEBYTECODE": "1"})
     if done.returncode:
-        raise Problem("bb.codeparser cannot be imported: %s" % done.stdout.strip().splitlines()[-1])
+        raise Problem("bb.codeparser cannot be imported: %s" % last_line([done.stdout]))
 
 
 def _read_stamp(dest, digest):
