@@ -16,6 +16,11 @@ from netqueue import ROOT
 from netqueue.series.checkout import bitbake_version, oecore_version
 
 
+def pytest_addoption(parser):
+    parser.addoption("--base", metavar="NAME", help="tests/system with the bitbake of this base of patches/bases.json, from "
+                     "the checkout that BITBAKEDIR names (default: the package of master)")
+
+
 def pytest_collection_modifyitems(items):
     """So that no long test is left when the other workers have nothing more to do"""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -7,6 +7,7 @@ in a run of the tests, whatever the number of workers.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import os
@@ -15,12 +16,13 @@ import time
 
 import pytest
 
-from netqueue.lab import sshd
+from netqueue import ROOT
+from netqueue.lab import sshd, trees
 from netqueue.lab.build import Build
 from netqueue.lab.certificates import make_certificates
 from netqueue.lab.mirror import serve
 from netqueue.lab.nginx import find_nginx
-from netqueue.lab.trees import shared_tree
+from netqueue.lab.oecore import clones
 from system.observe import SECOND, outcome, restore
 from system.peer import FaultyMirror
 
@@ -32,16 +34,29 @@ OFF = 'BB_SETSCENE_PREFETCH = "0"'
 
 
 @pytest.fixture(scope="session")
-def stock_tree():
-    return shared_tree(patched=False)
+def make_tree(pytestconfig, request, tmp_path_factory):
+    """Called with a name, whether it is patched, and with which topics, returns a Tree: of what --base says."""
+    base = pytestconfig.getoption("base")
+
+    def make(name, patched, topics=None):
+        if not base and topics is None:
+            return trees.shared_tree(patched)
+        folder = tmp_path_factory.mktemp("trees") / name
+        if not base:
+            return trees.make_tree(folder, patched, ROOT / "build" / "cache", topics=topics)
+        source = request.getfixturevalue("bitbake_checkout")
+        return dataclasses.replace(clones(folder, {"bitbake": source}, patched, base, topics), name=name)
+    return make
 
 
 @pytest.fixture(scope="session")
-def patched_tree():
-    tree = shared_tree(patched=True)
-    if not tree.applied:
-        pytest.skip("there are no patches yet")
-    return tree
+def stock_tree(make_tree):
+    return make_tree("stock", patched=False)
+
+
+@pytest.fixture(scope="session")
+def patched_tree(make_tree):
+    return make_tree("patched", patched=True)
 
 
 @pytest.fixture(scope="session")

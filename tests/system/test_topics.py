@@ -4,8 +4,6 @@
 
 import pytest
 
-from netqueue import ROOT
-from netqueue.lab.trees import make_tree
 from system.conftest import MANY
 from system.observe import problems, restore, summary
 
@@ -13,9 +11,9 @@ pytestmark = pytest.mark.system
 
 
 @pytest.mark.parametrize("last", [3, 4, 5, 6])
-def test_without_the_last_topics(last, any_mirror, make_build, tmp_path):
+def test_without_the_last_topics(last, any_mirror, make_build, make_tree):
     """Each is also a state that a distribution may ship."""
-    tree = make_tree(tmp_path / "tree", True, ROOT / "build" / "cache", topics=set(range(last + 1)))
+    tree = make_tree("patched", patched=True, topics=set(range(last + 1)))
     server = any_mirror("sftp" if last == 5 else "http")
     build = make_build(tree, server, objects=MANY, levels=4, threads=8)
     result = restore(build)

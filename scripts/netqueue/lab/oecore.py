@@ -137,13 +137,13 @@ def clone(source, target, part, base=BASE):
     return target
 
 
-def clones(folder, sources, patched, base=BASE):
-    """A Tree with clones of sources below folder, at the pins of base, and the series on them if patched."""
+def clones(folder, sources, patched, base=BASE, topics=None):
+    """A Tree with clones of sources below folder, at the pins of base, and the series (or these topics) on them if patched."""
     folder.mkdir()
     paths = {part: clone(source, folder / part, part, base) for part, source in sources.items()}
     for part, path in paths.items():
         if patched and load_series(base, part):
-            checkout.change(checkout.find_targets(path), reverse=False, dry_run=False)
+            checkout.change(checkout.find_targets(path, topics=topics), reverse=False, dry_run=False)
     tree = bitbake_tree(paths["bitbake"])
     tree.oecore = paths.get("openembedded-core")
     return tree

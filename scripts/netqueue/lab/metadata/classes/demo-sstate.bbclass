@@ -41,7 +41,7 @@ def sstate_fetch(name, d):
     if not d.getVar("SSTATE_MIRRORS"):
         return
     localdata = sstate_mirror_data(d)
-    with bb.utils.umask(bb.utils.to_filemode(d.getVar("OE_SHARED_UMASK"))):
+    with bb.utils.umask(int(d.getVar("OE_SHARED_UMASK"), 8)):
         bb.utils.mkdirhier(localdata.getVar("DL_DIR"))
         for filename in (name, name + ".siginfo"):
             uri = "file://%s;downloadfilename=%s" % (filename, filename)
@@ -63,7 +63,7 @@ def sstate_make(content, d):
         member.size = len(content)
         member.mode = 0o644
         members.addfile(member, io.BytesIO(content))
-    with bb.utils.umask(bb.utils.to_filemode(d.getVar("OE_SHARED_UMASK"))):
+    with bb.utils.umask(int(d.getVar("OE_SHARED_UMASK"), 8)):
         bb.utils.mkdirhier(os.path.dirname(archive))
         for path, data in ((archive, tar.getvalue()), (archive + ".siginfo", sstate_siginfo(d))):
             with open(path + ".new", "wb") as output:
@@ -114,7 +114,7 @@ def sstate_query_mirror(tasklist, d, siginfo, presence):
         if sizes is not None:
             if not siginfo and hasattr(presence, "fetchable"):
                 files = {tid: (name, name + ".siginfo") for tid, name in tasklist if tid in sizes}
-                presence.fetchable(files, bb.utils.to_filemode(d.getVar("OE_SHARED_UMASK")),
+                presence.fetchable(files, int(d.getVar("OE_SHARED_UMASK"), 8),
                                    settings=("SSTATE_DIR", "SSTATE_MIRRORS", "SSTATE_MIRROR_ALLOW_NETWORK", "OE_SHARED_UMASK"))
             return set(sizes)
     return sstate_query_each(tasklist, localdata, title, d)
