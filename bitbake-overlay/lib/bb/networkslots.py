@@ -99,6 +99,8 @@ class NetworkSlots:
     def waiting(self):
         """Return the tasks that are known to wait for a slot. Reports tasks that hold a slot for long."""
         if not self.full():
+            # Setscene variants ask again, if they are still needed
+            self._waiting &= self._tasks
             return frozenset()
         if self._waiting:
             self._report_holders()

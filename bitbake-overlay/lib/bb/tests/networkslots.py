@@ -180,6 +180,16 @@ class SlotsTest(unittest.TestCase):
             self.assertEqual([name for line in logs.output for name in ("a:do_fetch", "b:do_fetch", "p:do_package") if name in line],
                              ["a:do_fetch", "b:do_fetch"])
 
+    def test_variant_that_is_not_needed_any_more(self):
+        slots = Slots(1, tasks=["a:do_fetch", "b:do_fetch"], setscene=["p:do_package"])
+        slots.acquire("a:do_fetch")
+        slots.acquire_setscene("p:do_package")
+        slots.acquire("b:do_fetch")
+        slots.release("a:do_fetch")
+        self.assertEqual(slots.waiting(), set())
+        slots.acquire("b:do_fetch")
+        self.assertEqual(slots.waiting(), set())
+
     def test_model(self):
         """Random sequences, compared with a plain list"""
         for seed in range(20):
