@@ -356,13 +356,20 @@ def test_answer_of_the_mirror_that_there_is_no_file(build, mirror, answer, warni
     stranger.close()
 
 
-@pytest.mark.parametrize("name", ["sstate-x.tar.zst", "sstate-x.tar.zst.siginfo"])
-def test_page_instead_of_an_archive(build, peer, name):
+def test_page_instead_of_an_archive(build, peer):
     """A login page, with 200: nothing of it is stored, and wget would get the same"""
-    mirror = peer(peers.serve({"/" + name: b"<html>Please log in"}))
+    mirror = peer(peers.serve({"/sstate-x.tar.zst": b"<html>Please log in"}))
     with pytest.raises(bb.fetch2.FetchError):
-        build.fetch(mirror.url("/" + name))
+        build.fetch(mirror.url("/sstate-x.tar.zst"))
     assert build.left() == [] and build.wget_calls() == []
+
+
+def test_page_instead_of_a_siginfo(build, peer, warnings):
+    """As stock: the object is installed without it, and an error would fail the build"""
+    mirror = peer(peers.serve({"/sstate-x.tar.zst.siginfo": b"<html>Please log in"}))
+    build.fetch(mirror.url("/sstate-x.tar.zst.siginfo"))
+    assert build.read("sstate-x.tar.zst.siginfo") == b"<html>Please log in"
+    assert build.wget_calls() == [] and warnings() == []
 
 
 @pytest.mark.parametrize("content", [b"\x28\xb5\x2f\xfdx", b"\x50\x2a\x4d\x18x", b"\x5f\x2a\x4d\x18x"])

@@ -474,7 +474,7 @@ def order(rqexe):
         for tid in tids:
             if tid not in queued and tid not in done:
                 queued.add(tid)
-                heapq.heappush(queue, (sqdata.order[tid], tid))
+                heapq.heappush(queue, (sqdata.places[tid], tid))
 
     add(rqexe.sq_buildable)
     for tid in rqexe.sq_running - rqexe.scenequeue_covered - notcovered:

@@ -94,6 +94,8 @@ FOLDERS = {"populate_sysroot": ("recipe-sysroot-native", "sysroot-destdir"), "po
            "package_write_ipk": ("deploy-ipks",), "deploy_source_date_epoch": ("source-date-epoch",),
            "stash_locale": ("stashed-locale",), "deploy": ("deploy-%s",)}
 SIGINFO_SIZE = 8192
+# RFC 8878, 3.1.2: zstd accepts what follows
+SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18"
 # What its file name says after the hash
 OBJECT = re.compile(r".*/sstate:([^:]+):.*:[0-9a-f]{64}_(\w+)\.tar\.zst")
 
@@ -243,4 +245,5 @@ def make_up(path, size):
             file.parent.mkdir(parents=True)
             file.write_bytes(objects.object_content(recipe + task, size))
         subprocess.run(["tar", "--zstd", "-cf", str(path), "-C", content, "."], check=True)
-    Path("%s.siginfo" % path).write_bytes(objects.object_content(recipe + task, SIGINFO_SIZE))
+    siginfo = SKIPPABLE_FRAME + SIGINFO_SIZE.to_bytes(4, "little") + objects.object_content(recipe + task, SIGINFO_SIZE)
+    Path("%s.siginfo" % path).write_bytes(siginfo)

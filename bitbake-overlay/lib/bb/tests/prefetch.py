@@ -104,7 +104,7 @@ class Queue:
         self.number_tasks = threads
         revdeps = {tid: {other for other in deps if tid in deps[other]} for tid in deps}
         self.sqdata = types.SimpleNamespace(sq_deps=deps, sq_revdeps=revdeps, sq_harddeps={}, sq_harddeps_rev={},
-                                            order=order_setscene_tids(deps, revdeps))
+                                            places=order_setscene_tids(deps, revdeps))
         self.sq_buildable = {tid for tid in deps if not revdeps[tid]}
         self.sq_running = set()
         self.scenequeue_covered = set()

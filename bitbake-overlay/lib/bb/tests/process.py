@@ -20,6 +20,13 @@ class ProcessTest(unittest.TestCase):
                 bb.process.run(["sh", "-c", "kill -s PIPE $$; exit 3"], **options)
             self.assertEqual(caught.exception.exitcode, -13)
 
+    def test_vfork(self):
+        calls = []
+        # Not called before vfork()
+        os.register_at_fork(before=lambda: calls.append(True))
+        bb.process.run(["true"])
+        self.assertEqual(calls, [])
+
     def test_preexec_fn(self):
         self.assertEqual(bb.process.run(["sh", "-c", "umask"], preexec_fn=lambda: os.umask(0o027)), ("0027\n", ""))
 

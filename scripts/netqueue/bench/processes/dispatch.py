@@ -95,7 +95,7 @@ def make_data(count, setscene, share):
             network.add(tid)
     everything = collections.defaultdict(str)
     return types.SimpleNamespace(
-        runtaskentries=entries, runq_setscene_tids=list(entries) if setscene else [], target_tids=[], targets=[],
+        runtaskentries=entries, runq_setscene_tids=set(entries) if setscene else set(), target_tids=[], targets=[],
         init_progress_reporter=Nothing(), setscene_enforce=False, setscene_ignore_tasks=None, network=network,
         taskData={"": types.SimpleNamespace(taskentries=alltasks, build_targets={}, halt=True)},
         dataCaches={"": types.SimpleNamespace(
