@@ -98,7 +98,8 @@ def test_all_connections_have_their_share(peer, make_asking):
     asking = make_asking(4)
     assert_right(asking.ask("HEAD", urls(there, 1000)))
     assert there.peak <= 4
-    assert asking.count("requests") == len(there.requests) == 1001
+    # More, if a connection was slow and its requests were sent on another one
+    assert asking.count("requests") == len(there.requests) >= 1001
 
 
 @pytest.mark.parametrize("announced", [True, False])
