@@ -100,6 +100,7 @@ def test_all_connections_have_their_share(peer, make_asking):
     assert there.peak <= 4
     # More, if a connection was slow and its requests were sent on another one
     assert asking.count("requests") == len(there.requests) >= 1001
+    assert sorted(set(there.targets)) == sorted(paths(1000))
 
 
 @pytest.mark.parametrize("announced", [True, False])

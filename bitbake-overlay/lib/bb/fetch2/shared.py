@@ -86,7 +86,7 @@ def download(ud, d):
         if not os.path.getsize(path):
             raise bb.fetch2.FetchError("The file is empty", redact(ud.url))
         # As with wget, what a mirror sends as a .siginfo file is no error: installing the object does not need it
-        if ud.localpath.endswith(".zst") and not has_expected_magic(path, ud.localpath):
+        if not ud.localpath.endswith(".siginfo") and not has_expected_magic(path, ud.localpath):
             warn_unexpected_content(ud.type, urllib.parse.urlsplit(ud.url).hostname)
             raise bb.fetch2.FetchError("The content is not that of an sstate object", redact(ud.url))
         os.rename(path, ud.localpath)
